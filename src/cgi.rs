@@ -1,0 +1,48 @@
+//! CGI (RFC 3875): the process's environment, stdin and stdout, once.
+
+use std::fs::File;
+use std::future::Future;
+use std::io::Write;
+use std::mem::ManuallyDrop;
+use std::os::fd::FromRawFd;
+use std::os::unix::ffi::OsStringExt;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+use crate::config::Config;
+use crate::http;
+use crate::memcached::Memcached;
+
+/// A variable of the environment, whatever its bytes.
+pub fn variable(name: &str) -> Option<Vec<u8>> {
+    std::env::var_os(name).map(OsStringExt::into_vec)
+}
+
+/// Serves the one request of this process. A client that has gone is nobody's error.
+pub fn serve(argv0: &[u8]) {
+    let config = Config::read(&variable, argv0);
+    let limit = config.as_ref().map_or(0, |config| config.max_bytes);
+    let body = http::read_body(&variable, &*fd(0), limit);
+    let open = |config: &Config| Memcached::connect(&config.memcached, &config.bus);
+    let response = block_on(http::answer(&variable, config, body, open));
+    if let Some(line) = &response.log {
+        let _ = fd(2).write_all(format!("{line}\n").as_bytes());
+    }
+    let head = variable("REQUEST_METHOD").is_some_and(|method| method == b"HEAD");
+    let nph = argv0.rsplit(|&byte| byte == b'/').next().is_some_and(|name| name.starts_with(b"nph-"));
+    let _ = fd(1).write_all(&response.to_cgi(head, nph));
+}
+
+/// Runs a future that never waits: every operation of a blocking store is ready at once.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => value,
+        Poll::Pending => unreachable!("a blocking store is always ready"),
+    }
+}
+
+/// A standard stream without the buffer and lock of std's own: one read or write, one system call.
+fn fd(number: i32) -> ManuallyDrop<File> {
+    // SAFETY: the standard streams are open for as long as the process; ManuallyDrop leaves them so.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(number) })
+}

@@ -1,0 +1,84 @@
+//! Run by hand: the file explains itself.
+
+use std::time::Instant;
+
+use crate::bus;
+use crate::cgi::{block_on, variable};
+use crate::config::Config;
+use crate::memcached::Memcached;
+
+const HELP: &str = "\
+shortbus: a broadcasting message bus for browser pages, in one CGI executable.
+
+Copy this file into a web server's cgi-bin, and the copy's name is a bus:
+  cp cgi-bin/shortbus /usr/lib/cgi-bin/chat
+
+  GET  /cgi-bin/chat                join: {\"user\":U,\"id\":N}
+  GET  /cgi-bin/chat?user=U&id=N    poll: the messages after N that U did not send
+  POST /cgi-bin/chat?user=U         publish the JSON value in the body
+
+By hand:
+  --check      show the settings, reach memcached, write and read a test message
+  --version    show the version
+  --help       show this
+
+Settings are environment variables, set by the web server: SHORTBUS_TTL, SHORTBUS_MAX_BYTES, SHORTBUS_MEMCACHED,
+SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN. A bus needs none, but memcached 1.6.10 or later on 127.0.0.1:11211.
+";
+
+/// Runs one command: the exit code (0 well, 1 the check failed, 2 no such command), and the text for stdout, or
+/// for stderr where the code is 2.
+pub fn run(argv0: &[u8], arguments: &[Vec<u8>]) -> (i32, String) {
+    match arguments {
+        [] => (0, HELP.into()),
+        [flag] if flag == b"--help" || flag == b"-h" => (0, HELP.into()),
+        [flag] if flag == b"--version" || flag == b"-V" => (0, format!("shortbus {}\n", env!("CARGO_PKG_VERSION"))),
+        [flag] if flag == b"--check" => check(argv0),
+        _ => (2, "shortbus: unknown arguments; try --help\n".into()),
+    }
+}
+
+/// Shows what a request would meet, with this shell's environment in the place of the web server's.
+fn check(argv0: &[u8]) -> (i32, String) {
+    let config = match Config::read(&variable, argv0) {
+        Ok(config) => config,
+        Err(error) => return (1, format!("shortbus: {error}\n")),
+    };
+    let source = |name: &str, default| if variable(name).is_some() { "environment" } else { default };
+    let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
+    let mut out = String::new();
+    for (name, value, default) in [
+        ("SHORTBUS_BUS", String::from_utf8_lossy(&config.bus).into_owned(), "the file's name"),
+        ("SHORTBUS_TTL", config.ttl.to_string(), "default"),
+        ("SHORTBUS_MAX_BYTES", config.max_bytes.to_string(), "default"),
+        ("SHORTBUS_MEMCACHED", config.memcached.join(" "), "default"),
+        ("SHORTBUS_ALLOW_ORIGIN", origins, "default"),
+    ] {
+        out.push_str(&format!("{name:22} {value}  ({})\n", source(name, default)));
+    }
+    match test_message(&config) {
+        Ok(line) => (0, format!("{out}{line}\nok\n")),
+        Err(error) => (1, format!("{out}shortbus: {error}\n")),
+    }
+}
+
+/// Writes a message and reads it back, where the bus lives but in keys of its own: its users hear nothing of it.
+fn test_message(config: &Config) -> Result<String, String> {
+    let mut store = Memcached::connect(&config.memcached, &config.bus).map_err(|error| error.to_string())?;
+    let version = store.version().map_err(|error| error.to_string())?;
+    let server = store.server().to_owned();
+    store = Memcached::connect(std::slice::from_ref(&server), &[&config.bus[..], b"/check"].concat())
+        .map_err(|error| error.to_string())?;
+    let started = Instant::now();
+    let read_back = block_on(async {
+        let id = bus::publish(&mut store, 1, b"\"test\"", config.ttl).await?;
+        bus::poll(&mut store, id - 1, None).await.map(|page| (id, page))
+    });
+    let (id, page) = read_back.map_err(|error| error.cause())?;
+    let json = String::from_utf8_lossy(&page.json).into_owned();
+    if !json.starts_with(&format!("[{{\"id\":{id},\"user\":1,\"data\":\"test\"}}")) {
+        return Err(format!("{server}: the test message came back as {json}"));
+    }
+    let micros = started.elapsed().as_micros();
+    Ok(format!("{:22} {server}  {version}, a test message written and read back in {micros} µs", "memcached"))
+}

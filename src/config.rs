@@ -1,0 +1,104 @@
+//! Settings: environment variables, or FastCGI parameters of the same names. A bus needs none.
+
+use crate::error::Error;
+use crate::limits;
+
+/// A variable's value by its name: the process's environment, or a request's parameters.
+pub type Vars<'a> = &'a dyn Fn(&str) -> Option<Vec<u8>>;
+
+const TTL_ALLOWED: &str = "a whole number of seconds from 1 to 2592000";
+const BYTES_ALLOWED: &str = "a whole number of bytes from 1 to 1000000";
+const MEMCACHED_ALLOWED: &str = "host:port, or the path of a unix socket; several are separated by spaces";
+const BUS_ALLOWED: &str = "a name of at least one byte";
+const ORIGIN_ALLOWED: &str =
+    "*, or origins separated by spaces, each as a browser sends it: lower case, no path, like https://example.org";
+
+/// How one bus is set up.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The bus's name, any bytes.
+    pub bus: Vec<u8>,
+    /// Seconds a message lives.
+    pub ttl: u32,
+    /// Bytes of the largest message body.
+    pub max_bytes: usize,
+    /// `host:port` or a unix socket's path; the bus lives on one of them.
+    pub memcached: Vec<String>,
+    /// Origins whose pages may use the bus, `*` for all.
+    pub allow_origin: Vec<String>,
+}
+
+impl Config {
+    /// Reads the settings; `argv0` is the executable's path as the web server gave it.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for the first setting that cannot be used: never a default in its place.
+    pub fn read(vars: Vars, argv0: &[u8]) -> Result<Config, Error> {
+        let bus = match vars("SHORTBUS_BUS") {
+            Some(name) => name,
+            None => argv0.rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec(),
+        };
+        if bus.is_empty() {
+            return Err(Error::Setting("SHORTBUS_BUS", String::new(), BUS_ALLOWED));
+        }
+        Ok(Config {
+            bus,
+            ttl: number(vars, "SHORTBUS_TTL", limits::TTL_DEFAULT.into(), limits::TTL_MAX.into(), TTL_ALLOWED)? as u32,
+            max_bytes: number(
+                vars,
+                "SHORTBUS_MAX_BYTES",
+                limits::BYTES_DEFAULT as u64,
+                limits::BYTES_MAX as u64,
+                BYTES_ALLOWED,
+            )? as usize,
+            memcached: match list(vars, "SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)? {
+                servers if servers.is_empty() => vec!["127.0.0.1:11211".into()],
+                servers => servers,
+            },
+            allow_origin: list(vars, "SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
+        })
+    }
+}
+
+fn number(vars: Vars, name: &'static str, default: u64, max: u64, allowed: &'static str) -> Result<u64, Error> {
+    let Some(value) = vars(name) else {
+        return Ok(default);
+    };
+    match whole_number(&value) {
+        Some(number) if (1..=max).contains(&number) => Ok(number),
+        _ => Err(Error::Setting(name, String::from_utf8_lossy(&value).into_owned(), allowed)),
+    }
+}
+
+/// A list separated by white space: empty where the variable is unset, never where it is set.
+fn list(vars: Vars, name: &'static str, allowed: &'static str, good: fn(&str) -> bool) -> Result<Vec<String>, Error> {
+    let Some(value) = vars(name) else {
+        return Ok(Vec::new());
+    };
+    let text = String::from_utf8_lossy(&value);
+    let items: Vec<String> = text.split_ascii_whitespace().map(String::from).collect();
+    if items.is_empty() || !items.iter().all(|item| good(item)) || std::str::from_utf8(&value).is_err() {
+        return Err(Error::Setting(name, text.into_owned(), allowed));
+    }
+    Ok(items)
+}
+
+fn is_server(text: &str) -> bool {
+    let port = |port: &str| matches!(whole_number(port.as_bytes()), Some(1..=65535));
+    text.starts_with('/') || text.rsplit_once(':').is_some_and(|(host, number)| !host.is_empty() && port(number))
+}
+
+/// An origin as browsers serialise it (RFC 6454 section 6.2).
+fn is_origin(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_graphic() && !byte.is_ascii_uppercase() && !b"/?#@*,\"'".contains(&byte);
+    text == "*"
+        || text.split_once("://").is_some_and(|(scheme, host)| {
+            [scheme, host].iter().all(|part| !part.is_empty() && part.bytes().all(plain)) && !host.ends_with(':')
+        })
+}
+
+/// Digits and nothing else, at most 2^64-1: no sign, no space, no fraction.
+pub fn whole_number(text: &[u8]) -> Option<u64> {
+    let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    digits.then(|| std::str::from_utf8(text).ok()?.parse().ok()).flatten()
+}

@@ -1,0 +1,137 @@
+//! Everything that can go wrong, and the one place where it becomes a status, a code and a sentence.
+
+use std::fmt;
+
+use crate::store::StoreError;
+
+/// Why a request was not served. `Display` is the sentence for the client: what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// A query parameter is missing, repeated or no such number.
+    Parameter(&'static str, &'static str),
+    /// CONTENT_LENGTH is not a number.
+    Length,
+    /// The body ended before CONTENT_LENGTH, or could not be read.
+    Incomplete {
+        /// Bytes that came.
+        read: usize,
+    },
+    /// The body is not UTF-8.
+    NotUtf8 {
+        /// Offset of the first byte that is wrong.
+        at: usize,
+    },
+    /// The body is not one JSON value.
+    NotJson(String),
+    /// The body nests deeper than [`crate::limits::DEPTH_MAX`].
+    TooDeep,
+    /// A page of another origin published (RFC 6454), or asked in a preflight whether it may.
+    Origin(String),
+    /// PATH_INFO names nothing.
+    Path(String),
+    /// Neither GET, HEAD, POST nor OPTIONS.
+    Method(String),
+    /// The body is longer than `SHORTBUS_MAX_BYTES`.
+    TooLarge {
+        /// `SHORTBUS_MAX_BYTES`.
+        limit: usize,
+    },
+    /// A setting that cannot be used: its name, its value, and what it may be.
+    Setting(&'static str, String, &'static str),
+    /// Too many publishers at once; nothing was published.
+    Busy,
+    /// memcached could not be used; nothing was published.
+    Store(StoreError),
+    /// memcached failed while it was publishing: the message may have been published or not.
+    OutcomeUnknown(StoreError),
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Error {
+        Error::Store(error)
+    }
+}
+
+impl Error {
+    /// HTTP status (RFC 9110) and the stable code that programs can go by.
+    pub fn status(&self) -> (u16, &'static str) {
+        match self {
+            Error::Parameter(..) => (400, "bad_parameter"),
+            Error::Length => (400, "bad_length"),
+            Error::Incomplete { .. } => (400, "incomplete"),
+            Error::NotUtf8 { .. } => (400, "not_utf8"),
+            Error::NotJson(_) => (400, "not_json"),
+            Error::TooDeep => (400, "too_deep"),
+            Error::Origin(_) => (403, "foreign_origin"),
+            Error::Path(_) => (404, "unknown_path"),
+            Error::Method(_) => (405, "bad_method"),
+            Error::TooLarge { .. } => (413, "too_large"),
+            Error::Setting(..) => (500, "bad_setting"),
+            Error::Busy => (503, "busy"),
+            Error::OutcomeUnknown(_) => (503, "outcome_unknown"),
+            Error::Store(StoreError::Unreachable(_)) => (503, "memcached_unreachable"),
+            Error::Store(StoreError::Timeout(_)) => (503, "memcached_timeout"),
+            Error::Store(StoreError::TooOld(_)) => (503, "memcached_too_old"),
+            Error::Store(StoreError::Full(_)) => (503, "memcached_full"),
+            Error::Store(StoreError::Broken(_)) => (503, "memcached_broken"),
+        }
+    }
+
+    /// The cause, for the operator; it may name what a client has no business knowing.
+    pub fn cause(&self) -> String {
+        match self {
+            Error::Store(error) | Error::OutcomeUnknown(error) => error.to_string(),
+            Error::Origin(origin) => format!("{self} (Origin: {origin})"),
+            Error::Path(path) => format!("{self} (PATH_INFO: {path})"),
+            Error::Method(method) => format!("{self} (REQUEST_METHOD: {method})"),
+            other => other.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Parameter(name, wrong) => {
+                write!(f, "The query parameter '{name}' {wrong}; give it once, as a whole number from 0 to 2^53-1.")
+            }
+            Error::Length => f.write_str("Content-Length is not a number."),
+            Error::Incomplete { read } => {
+                write!(f, "The body ended after {read} bytes, before its Content-Length; send it again.")
+            }
+            Error::NotUtf8 { at } => write!(f, "The body is not UTF-8, as JSON has to be (byte {at})."),
+            Error::NotJson(why) => write!(f, "The body has to be one JSON value: {why}. A text needs its quotes."),
+            Error::TooDeep => write!(f, "The body nests deeper than {} levels.", crate::limits::DEPTH_MAX),
+            Error::Origin(_) => f.write_str(
+                "Pages of this origin may not use this bus; to allow them, name the origin in SHORTBUS_ALLOW_ORIGIN.",
+            ),
+            Error::Path(_) => f.write_str("There is nothing at this path; the bus is the URL that ends with its name."),
+            Error::Method(_) => f.write_str("Use GET to join and poll, POST to publish."),
+            Error::TooLarge { limit } => {
+                write!(f, "The body is longer than the {limit} bytes this bus takes; SHORTBUS_MAX_BYTES sets that.")
+            }
+            Error::Setting(name, value, allowed) => write!(f, "{name} is '{value}', but has to be {allowed}."),
+            Error::Busy => f.write_str("Too many are publishing at this moment; nothing was published, send it again."),
+            Error::Store(StoreError::TooOld(_)) => f.write_str("The bus needs memcached 1.6.10 or later."),
+            Error::Store(StoreError::Full(_)) => {
+                f.write_str("memcached is out of memory; nothing was published, try again later.")
+            }
+            Error::Store(_) => f.write_str("The bus cannot use its memcached at the moment; try again later."),
+            Error::OutcomeUnknown(_) => f.write_str(
+                "memcached failed while publishing: the message may have been published or not; poll to find out.",
+            ),
+        }
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoreError::Unreachable(cause) => write!(f, "cannot reach memcached: {cause}"),
+            StoreError::Timeout(cause) => write!(f, "memcached does not answer in time: {cause}"),
+            StoreError::TooOld(cause) => write!(f, "memcached is older than 1.6.10, no meta commands: {cause}"),
+            StoreError::Full(cause) => write!(f, "memcached will not store the message: {cause}"),
+            StoreError::Broken(cause) => write!(f, "memcached does not answer as memcached: {cause}"),
+        }
+    }
+}

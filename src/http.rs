@@ -1,0 +1,266 @@
+//! From a request's variables and body to a response: routes, parameters, origins, headers.
+//!
+//! CGI hands over its environment, FastCGI its parameters; both come through [`answer`].
+//!
+//! What keeps a bus safe, each point with its test in `tests/`:
+//! 1. argv is never looked at under a web server (CVE-2012-1823, CVE-2024-4577).
+//! 2. Only variables named in this crate are read; a request header can set none but its own `HTTP_...` (CVE-2016-5385).
+//! 3. A foreign page can neither publish nor read, unless its origin is allowed.
+//! 4. The body is bounded and read to its end before anything is answered.
+//! 5. Every number is checked before it gets into a key, every name is encoded.
+//! 6. A reply is JSON with an exact type and `nosniff`; nothing of a request gets into its headers but an allowed
+//!    origin.
+//! 7. All waiting for memcached is bounded by [`crate::limits::STORE_DEADLINE`].
+//! 8. stderr gets one line, control characters escaped.
+
+use std::io::Read;
+
+use rand::TryRng;
+use rand::rngs::SysRng;
+use url::form_urlencoded;
+
+use crate::bus;
+use crate::config::{Config, Vars, whole_number};
+use crate::error::Error;
+use crate::limits;
+use crate::message;
+use crate::store::{Store, StoreError};
+
+const METHODS: &str = "GET, HEAD, POST, OPTIONS";
+
+/// A whole response, to be written at once.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Response {
+    status: u16,
+    headers: String,
+    body: Vec<u8>,
+    /// The line for stderr, where something went wrong.
+    pub log: Option<String>,
+}
+
+impl Response {
+    fn json(body: impl Into<Vec<u8>>) -> Response {
+        Response { status: 200, headers: "Content-Type: application/json\r\n".into(), body: body.into(), log: None }
+    }
+
+    fn header(&mut self, name: &str, value: impl std::fmt::Display) {
+        self.headers.push_str(&format!("{name}: {value}\r\n"));
+    }
+
+    /// As CGI has it (RFC 3875 section 6): `Status` first, which some servers insist on; no body for HEAD.
+    ///
+    /// Apache hands on the output of a file called `nph-...` as it stands (section 5): then it starts with a
+    /// status line, which other servers pass over.
+    pub fn to_cgi(&self, head: bool, nph: bool) -> Vec<u8> {
+        let reason = match self.status {
+            200 => "OK",
+            204 => "No Content",
+            400 => "Bad Request",
+            403 => "Forbidden",
+            404 => "Not Found",
+            405 => "Method Not Allowed",
+            413 => "Content Too Large",
+            500 => "Internal Server Error",
+            _ => "Service Unavailable",
+        };
+        let status = self.status;
+        let mut out = Vec::with_capacity(512 + self.body.len());
+        if nph {
+            out.extend_from_slice(format!("HTTP/1.1 {status} {reason}\r\nConnection: close\r\n").as_bytes());
+        }
+        out.extend_from_slice(format!("Status: {status} {reason}\r\n{}", self.headers).as_bytes());
+        out.extend_from_slice(b"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n");
+        if self.status != 204 {
+            out.extend_from_slice(format!("Content-Length: {}\r\n", self.body.len()).as_bytes());
+        }
+        out.extend_from_slice(b"\r\n");
+        if !head {
+            out.extend_from_slice(&self.body);
+        }
+        out
+    }
+}
+
+/// Serves one request; `open` connects to the bus's memcached where one is needed.
+pub async fn answer<S: Store>(
+    vars: Vars<'_>,
+    config: Result<Config, Error>,
+    body: Result<Vec<u8>, Error>,
+    open: impl FnOnce(&Config) -> Result<S, StoreError>,
+) -> Response {
+    let (bus, result) = match &config {
+        Ok(config) => (&config.bus[..], route(vars, config, body, open).await),
+        Err(error) => (&b"-"[..], Err(error.clone())),
+    };
+    let mut response = result.unwrap_or_else(|error| failure(bus, &error));
+    if let Ok(config) = &config {
+        allow_origin(vars, config, &mut response);
+    }
+    response
+}
+
+async fn route<S: Store>(
+    vars: Vars<'_>,
+    config: &Config,
+    body: Result<Vec<u8>, Error>,
+    open: impl FnOnce(&Config) -> Result<S, StoreError>,
+) -> Result<Response, Error> {
+    let path = vars("PATH_INFO").unwrap_or_default();
+    if !path.is_empty() {
+        return Err(Error::Path(String::from_utf8_lossy(&path).into_owned()));
+    }
+    let method = vars("REQUEST_METHOD").unwrap_or_default();
+    let query = vars("QUERY_STRING").unwrap_or_default();
+    match &method[..] {
+        b"GET" | b"HEAD" => match (parameter(&query, "user")?, parameter(&query, "id")?) {
+            (None, None) => {
+                let id = bus::join(&mut open(config)?).await?;
+                Ok(Response::json(format!("{{\"user\":{},\"id\":{id}}}", random_user())))
+            }
+            (_, None) => Err(Error::Parameter("id", "is missing")),
+            (user, Some(after)) => {
+                let page = bus::poll(&mut open(config)?, after, user).await?;
+                let mut response = Response::json(page.json);
+                response.header("Shortbus-Last-Id", page.last_id);
+                if page.missed {
+                    response.header("Shortbus-Missed", 1);
+                }
+                Ok(response)
+            }
+        },
+        b"POST" => {
+            check_origin(vars, config)?;
+            let user = parameter(&query, "user")?.ok_or(Error::Parameter("user", "is missing"))?;
+            let body = body?;
+            let data = message::check(&body)?;
+            let id = bus::publish(&mut open(config)?, user, data, config.ttl).await?;
+            Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}}}")))
+        }
+        b"OPTIONS" => {
+            check_origin(vars, config)?;
+            let mut response = Response { status: 204, headers: String::new(), body: Vec::new(), log: None };
+            response.header("Allow", METHODS);
+            Ok(response)
+        }
+        other => Err(Error::Method(String::from_utf8_lossy(other).into_owned())),
+    }
+}
+
+fn failure(bus: &[u8], error: &Error) -> Response {
+    let (status, code) = error.status();
+    let message = serde_json::Value::from(error.to_string());
+    let mut response = Response::json(format!("{{\"error\":\"{code}\",\"message\":{message}}}"));
+    response.status = status;
+    match status {
+        405 => response.header("Allow", METHODS),
+        503 => response.header("Retry-After", limits::RETRY_AFTER),
+        _ => {}
+    }
+    let line = format!("{}: {code}: {}", String::from_utf8_lossy(bus), error.cause());
+    response.log = Some(format!("shortbus: {}", line.chars().map(printable).collect::<String>()));
+    response
+}
+
+/// A log line stays one line, and a terminal that shows it is not told to do anything.
+fn printable(char: char) -> char {
+    if char.is_control() { '\u{fffd}' } else { char }
+}
+
+/// A query parameter by the WHATWG's rules (`application/x-www-form-urlencoded`): an id, or nothing.
+fn parameter(query: &[u8], name: &'static str) -> Result<Option<u64>, Error> {
+    let mut values = form_urlencoded::parse(query).filter(|(key, _)| key == name);
+    let Some((_, value)) = values.next() else {
+        return Ok(None);
+    };
+    if values.next().is_some() {
+        return Err(Error::Parameter(name, "is given twice"));
+    }
+    match whole_number(value.as_bytes()) {
+        Some(id) if id <= limits::MAX_ID => Ok(Some(id)),
+        _ => Err(Error::Parameter(name, "is not an id")),
+    }
+}
+
+/// A random user, so that two of them never meet, also after a restart.
+fn random_user() -> u64 {
+    // The kernel always has random bytes once it is up: getrandom(2) fails on no system that runs a web server.
+    SysRng.try_next_u64().expect("getrandom") & limits::MAX_ID
+}
+
+/// Refuses what a foreign page asks for (RFC 6454): a bus on an intranet must not be writable by any page on the
+/// internet that its user visits. A request without Origin does not come from a page.
+fn check_origin(vars: Vars, config: &Config) -> Result<(), Error> {
+    let Some(origin) = vars("HTTP_ORIGIN") else {
+        return Ok(());
+    };
+    // No page can set Sec-Fetch-Site (W3C Fetch Metadata), and it is right also where a proxy rewrote Host.
+    let same = vars("HTTP_SEC_FETCH_SITE").is_some_and(|site| site == b"same-origin") || is_host(vars, &origin);
+    if same || allowed(config, &origin).is_some() {
+        return Ok(());
+    }
+    Err(Error::Origin(String::from_utf8_lossy(&origin).into_owned()))
+}
+
+/// Whether the origin is this host, whatever the scheme: behind a proxy that speaks https we are asked by http.
+fn is_host(vars: Vars, origin: &[u8]) -> bool {
+    let host = vars("HTTP_HOST").unwrap_or_default();
+    let bare = |name: &[u8]| {
+        let name = name.to_ascii_lowercase();
+        let port = [&b":80"[..], b":443"].iter().find_map(|port| name.strip_suffix(*port)).map(<[u8]>::len);
+        name[..port.unwrap_or(name.len())].to_vec()
+    };
+    let authority = [&b"http://"[..], b"https://"].iter().find_map(|scheme| origin.strip_prefix(*scheme));
+    !host.is_empty() && authority.is_some_and(|authority| bare(authority) == bare(&host))
+}
+
+/// The value of Access-Control-Allow-Origin for this origin, if it has one.
+fn allowed<'a>(config: &'a Config, origin: &[u8]) -> Option<&'a String> {
+    config.allow_origin.iter().find(|allowed| *allowed == "*" || allowed.as_bytes() == origin)
+}
+
+/// CORS (WHATWG Fetch): lets an allowed page read the reply, errors and our headers included.
+fn allow_origin(vars: Vars, config: &Config, response: &mut Response) {
+    if config.allow_origin.is_empty() {
+        return;
+    }
+    response.header("Vary", "Origin");
+    let Some(origin) = vars("HTTP_ORIGIN").and_then(|origin| allowed(config, &origin)) else {
+        return;
+    };
+    response.header("Access-Control-Allow-Origin", origin);
+    if response.status == 204 {
+        response.header("Access-Control-Allow-Methods", METHODS);
+        response.header("Access-Control-Allow-Headers", "Content-Type");
+        response.header("Access-Control-Max-Age", limits::PREFLIGHT_AGE);
+    } else {
+        response.header("Access-Control-Expose-Headers", "Shortbus-Last-Id, Shortbus-Missed, Retry-After");
+    }
+}
+
+/// Reads a request's body from `input`, keeping at most `limit` bytes; none for a GET without one.
+///
+/// Reads to the end also what it does not keep: a reply before that is lost with mod_cgid and is a 502 with
+/// fcgiwrap. The server bounds how much and how long. Never reads beyond CONTENT_LENGTH (RFC 3875 section 4.2);
+/// without one, as with chunked requests, the body ends where the input does.
+///
+/// # Errors
+/// [`Error::Length`], [`Error::TooLarge`], [`Error::Incomplete`].
+pub fn read_body(vars: Vars, mut input: impl Read, limit: usize) -> Result<Vec<u8>, Error> {
+    let length = match vars("CONTENT_LENGTH").filter(|text| !text.is_empty()) {
+        Some(text) => Some(whole_number(&text).ok_or(Error::Length)?),
+        None if matches!(&vars("REQUEST_METHOD").unwrap_or_default()[..], b"GET" | b"HEAD" | b"OPTIONS") => Some(0),
+        None => None,
+    };
+    let mut body = Vec::new();
+    let kept = length.unwrap_or(u64::MAX).min(limit as u64 + 1);
+    let result = input.by_ref().take(kept).read_to_end(&mut body);
+    if body.len() > limit {
+        let rest = length.map_or(u64::MAX, |length| length - kept);
+        let _ = std::io::copy(&mut input.take(rest), &mut std::io::sink());
+        return Err(Error::TooLarge { limit });
+    }
+    if result.is_err() || length.is_some_and(|length| (body.len() as u64) < length) {
+        return Err(Error::Incomplete { read: body.len() });
+    }
+    Ok(body)
+}

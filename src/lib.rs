@@ -1,0 +1,23 @@
+//! shortbus: a broadcasting message bus for browser pages, in one CGI executable.
+//!
+//! A web server starts the executable for each request. Follow one through the house:
+//! - `main` chooses: a request, or a person at a terminal ([`cli`]);
+//! - [`cgi`] takes the request from the environment and stdin, and writes the response to stdout, at once;
+//! - [`config`] reads the settings, [`http`] checks the request and routes it;
+//! - [`message`] checks what is published;
+//! - [`bus`] is the delivery protocol, the heart of it: join, publish, poll, over the operations of [`store`];
+//! - [`memcached`] carries them out, each batch in one write;
+//! - [`error`] turns whatever fails into a status, a code and a sentence; [`limits`] holds every bound.
+
+#![warn(missing_docs)]
+
+pub mod bus;
+pub mod cgi;
+pub mod cli;
+pub mod config;
+pub mod error;
+pub mod http;
+pub mod limits;
+pub mod memcached;
+pub mod message;
+pub mod store;

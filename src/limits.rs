@@ -1,0 +1,72 @@
+//! Every limit in one place, each with its unit and its reason.
+
+use std::time::Duration;
+
+/// Largest user id and message id: `Number.MAX_SAFE_INTEGER`, so that JavaScript reads them exactly.
+pub const MAX_ID: u64 = (1 << 53) - 1;
+
+/// Seconds a message lives unless `SHORTBUS_TTL` says otherwise.
+pub const TTL_DEFAULT: u32 = 60;
+
+/// Largest `SHORTBUS_TTL`, seconds: memcached reads more than 30 days as a date.
+pub const TTL_MAX: u32 = 30 * 24 * 60 * 60;
+
+/// Bytes of the largest message body unless `SHORTBUS_MAX_BYTES` says otherwise.
+pub const BYTES_DEFAULT: usize = 10_240;
+
+/// Largest `SHORTBUS_MAX_BYTES`: memcached's item limit is 1 MiB by default, and key (at most 250 bytes), user id
+/// and item header (about 60) count towards it. A slot that memcached refuses would leave a hole in the ids.
+pub const BYTES_MAX: usize = 1_000_000;
+
+/// Deepest nesting of a message, arrays and objects. Browsers read any depth, but the JSON readers of other
+/// languages stop (serde_json at 128, PHP at 512, Python near 1,000), and one such message would fail all of
+/// their polls for as long as it lives.
+pub const DEPTH_MAX: usize = 128;
+
+/// Longest percent-encoded bus name that goes into the keys as it is; a longer one is cut and hashed.
+/// `shortbus:` + name + `:` + a 16-digit id must stay within memcached's 250 bytes.
+pub const NAME_MAX: usize = 200;
+
+/// Time for all of a request's talk with memcached: connecting and every exchange. With the process's own
+/// start it keeps the promise of an answer within two seconds.
+pub const STORE_DEADLINE: Duration = Duration::from_millis(1_500);
+
+/// A publisher that finds more than this gone since it read `last` reads it again rather than claim a slot
+/// (the two-second rule): by then the slot may have been claimed, read and expired. Never more than the TTL.
+pub const STALE: Duration = Duration::from_secs(2);
+
+/// Tries to claim a slot before a publish gives up as `busy`. 64 simultaneous publishers need about five.
+pub const TRIES: u32 = 64;
+
+/// Bounds of the random pause before try number `n` (from the third): half to one times this, times `n`.
+pub const BACK_OFF: Duration = Duration::from_micros(50);
+
+/// Slots a poll reads in the same write as `last`: enough for most polls to need one round trip.
+pub const WINDOW: u64 = 16;
+
+/// Neighbouring slots a probe reads, so that a hole (a refused or evicted slot) is not taken for the end.
+pub const PROBE_SLOTS: u64 = 3;
+
+/// Probes of one bisecting round, all in one write: four bits of the answer a round trip.
+pub const PROBES: u64 = 16;
+
+/// Largest number of slots fetched in one write.
+pub const BATCH: u64 = 256;
+
+/// Most messages in one reply; the rest comes with the next poll.
+pub const REPLY_MESSAGES: usize = 1_000;
+
+/// Bytes after which a reply takes no further message; the first is always taken.
+pub const REPLY_BYTES: usize = 1 << 20;
+
+/// Bytes of slots a poll looks through, its user's own included, before it answers with what it has.
+pub const SCAN_BYTES: usize = 16 << 20;
+
+/// What a slot counts towards [`SCAN_BYTES`] beside its value: about a command and its reply's header.
+pub const SCAN_SLOT: usize = 64;
+
+/// Retry-After of a 503, seconds.
+pub const RETRY_AFTER: u32 = 1;
+
+/// How long a browser may keep a preflight's answer, seconds (Chromium caps it at 7,200).
+pub const PREFLIGHT_AGE: u32 = 7_200;

@@ -1,0 +1,30 @@
+//! Chooses a mode and reports.
+//!
+//! C's `main` in the place of Rust's: std's own start-up makes some twenty system calls for threads, stack guards and
+//! signals that a process of one request has no use for. SIGPIPE keeps its default (end quietly), and std's
+//! sockets do not raise it.
+
+#![no_main]
+
+use std::io::Write;
+use std::os::unix::ffi::OsStringExt;
+
+use shortbus::{cgi, cli};
+
+#[unsafe(no_mangle)]
+extern "C" fn main() -> i32 {
+    let mut arguments = std::env::args_os().map(OsStringExt::into_vec);
+    let argv0 = arguments.next().unwrap_or_default();
+    // Under a web server argv says nothing: a query without '=' gets there (RFC 3875 section 4.4).
+    if ["GATEWAY_INTERFACE", "REQUEST_METHOD"].iter().any(|name| std::env::var_os(name).is_some()) {
+        cgi::serve(&argv0);
+        return 0;
+    }
+    let (code, text) = cli::run(&argv0, &arguments.collect::<Vec<_>>());
+    let _ = if code == 2 {
+        std::io::stderr().write_all(text.as_bytes())
+    } else {
+        std::io::stdout().write_all(text.as_bytes())
+    };
+    code
+}

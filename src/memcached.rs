@@ -1,0 +1,243 @@
+//! The blocking driver: one connection, one write and its replies at a time.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
+use std::sync::mpsc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use memcache::exp::{Error, MetaCommand, MetaConnection, MetaOp, MetaResponse, Rendezvous, ReturnCode, Router};
+use rand::TryRng;
+use rand::rngs::SysRng;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::limits;
+use crate::store::{Counter, Op, Reply, Store, StoreError};
+
+/// A bus's keys in the memcached it lives on.
+pub struct Memcached {
+    connection: MetaConnection,
+    server: String,
+    prefix: String,
+    started: Instant,
+}
+
+impl Memcached {
+    /// Connects to the one of `servers` that `bus` lives on, by rendezvous hashing: adding or removing another
+    /// moves no other bus.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] and [`StoreError::Timeout`].
+    pub fn connect(servers: &[String], bus: &[u8]) -> Result<Memcached, StoreError> {
+        let server = match servers {
+            [only] => only.clone(),
+            _ => servers[Rendezvous::new().route(bus, servers)].clone(),
+        };
+        let started = Instant::now();
+        let socket = connect(&server).map_err(|error| at(&server, Error::Io(error)))?;
+        // The crate speaks over a TcpStream; to read, write and time-outs a connected unix socket is the same.
+        let connection = MetaConnection::from_stream(TcpStream::from(OwnedFd::from(socket)));
+        Ok(Memcached { connection, server, prefix: key_prefix(bus), started })
+    }
+
+    /// Which of the servers it is, as it was configured.
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// What the server calls its version, such as `1.6.18`. For a person who checks; requests never ask.
+    ///
+    /// # Errors
+    /// As [`Store::run`].
+    pub fn version(&self) -> Result<String, StoreError> {
+        let ask = || -> io::Result<String> {
+            let mut socket = connect(&self.server)?;
+            socket.set_read_timeout(Some(limits::STORE_DEADLINE))?;
+            socket.write_all(b"version\r\n")?;
+            let mut line = String::new();
+            BufReader::new(socket.take(100)).read_line(&mut line)?;
+            let version = line.trim_end().strip_prefix("VERSION ").map(String::from);
+            version.ok_or_else(|| io::Error::other(format!("it calls its version {line:?}")))
+        };
+        ask().map_err(|error| at(&self.server, Error::Io(error)))
+    }
+
+    fn command(&self, op: &Op) -> MetaCommand {
+        let slot = |id: &u64| format!("{}{id}", self.prefix);
+        let last = || format!("{}last", self.prefix);
+        match op {
+            Op::Last => MetaCommand::new(MetaOp::Get, last()).flag("v").flag("c"),
+            Op::Create(start) => MetaCommand::new(MetaOp::Set, last()).flag("ME").value(start.to_string()),
+            Op::Advance(cas) => MetaCommand::new(MetaOp::Arithmetic, last()).flag(format!("C{cas}")),
+            Op::Add { id, value, ttl } => {
+                MetaCommand::new(MetaOp::Set, slot(id)).flag("ME").flag(format!("T{ttl}")).value(*value)
+            }
+            Op::Get(id) => MetaCommand::new(MetaOp::Get, slot(id)).flag("v"),
+            Op::Probe(id) => MetaCommand::new(MetaOp::Get, slot(id)),
+        }
+    }
+}
+
+impl Store for Memcached {
+    async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError> {
+        let left = limits::STORE_DEADLINE.saturating_sub(self.started.elapsed());
+        self.connection.set_io_timeout(Some(left));
+        let commands: Vec<MetaCommand> = batch.iter().map(|op| self.command(op)).collect();
+        let responses = self.connection.execute_batch(&commands).map_err(|error| at(&self.server, error))?;
+        let replies = batch.iter().zip(responses).map(|(op, response)| reply(op, response));
+        replies.collect::<Option<_>>().ok_or_else(|| StoreError::Broken(format!("{}: unexpected reply", self.server)))
+    }
+
+    async fn pause(&mut self, longest: Duration) {
+        let random = SysRng.try_next_u32().unwrap_or_default();
+        std::thread::sleep(longest / 2 + longest.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0));
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn unix_micros(&self) -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_micros() as u64)
+    }
+}
+
+/// Connects within [`limits::STORE_DEADLINE`]. SO_SNDTIMEO bounds connect(2) for both kinds of socket; without it
+/// a memcached that accepts no more holds every request that comes to a unix socket for ever.
+fn connect(server: &str) -> io::Result<Socket> {
+    if server.starts_with('/') {
+        return dial(Domain::UNIX, &SockAddr::unix(server)?, limits::STORE_DEADLINE);
+    }
+    let addresses = match server.parse() {
+        Ok(address) => vec![address],
+        Err(_) => resolve(server)?,
+    };
+    let mut result = Err(io::ErrorKind::AddrNotAvailable.into());
+    for address in &addresses {
+        let share = limits::STORE_DEADLINE / addresses.len() as u32;
+        result = dial(Domain::for_address(*address), &SockAddr::from(*address), share);
+        if let Ok(socket) = &result {
+            // Without it the end of a large message waits for a delayed acknowledgement, 40 ms.
+            socket.set_tcp_nodelay(true)?;
+            break;
+        }
+    }
+    result
+}
+
+/// Looks a host name up. On a thread, the only way to bound the resolver: it would wait ten seconds and more for a
+/// silent name server. Nobody waits for the thread; it ends with the process.
+fn resolve(server: &str) -> io::Result<Vec<SocketAddr>> {
+    let (sender, receiver) = mpsc::channel();
+    let name = server.to_owned();
+    std::thread::Builder::new().spawn(move || sender.send(name.to_socket_addrs().map(Iterator::collect)))?;
+    let late = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "host name lookup timed out"));
+    receiver.recv_timeout(limits::STORE_DEADLINE).unwrap_or_else(late)
+}
+
+fn dial(domain: Domain, address: &SockAddr, timeout: Duration) -> io::Result<Socket> {
+    let socket = Socket::new(domain, Type::STREAM, None)?;
+    socket.set_write_timeout(Some(timeout))?;
+    socket.connect(address).map_err(|error| match error.raw_os_error() {
+        // What connect(2) answers when SO_SNDTIMEO has passed, for TCP and for unix sockets.
+        Some(EINPROGRESS | EAGAIN) => io::Error::new(io::ErrorKind::TimedOut, "connect timed out"),
+        _ => error,
+    })?;
+    Ok(socket)
+}
+
+const EAGAIN: i32 = 11;
+const EINPROGRESS: i32 = 115;
+
+/// What a failure of the exchange means.
+fn at(server: &str, error: Error) -> StoreError {
+    let cause = format!("{server}: {error}");
+    match error {
+        Error::Io(error) => match error.kind() {
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => StoreError::Timeout(cause),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                StoreError::Broken(cause)
+            }
+            _ => StoreError::Unreachable(cause),
+        },
+        Error::Timeout { .. } => StoreError::Timeout(cause),
+        Error::Rejected(_) => StoreError::TooOld(cause),
+        Error::Server(message) if message.contains("storing object") || message.contains("too large") => {
+            StoreError::Full(cause)
+        }
+        _ => StoreError::Broken(cause),
+    }
+}
+
+/// The reply to `op`; none where it makes no sense for it.
+fn reply(op: &Op, response: MetaResponse) -> Option<Reply> {
+    let rc = response.rc();
+    match (op, rc) {
+        (Op::Last, ReturnCode::Va) => {
+            let value = crate::config::whole_number(response.value()?).filter(|&value| value < limits::MAX_ID)?;
+            let cas = response.flags().find_map(|flag| crate::config::whole_number(flag.strip_prefix(b"c")?))?;
+            Some(Reply::Counter(Counter { value, cas }))
+        }
+        (Op::Get(_), ReturnCode::Va) => response.into_value().map(Reply::Value),
+        (Op::Last | Op::Get(_) | Op::Probe(_), ReturnCode::En) => Some(Reply::Missing),
+        (Op::Advance(_), ReturnCode::Nf) => Some(Reply::Missing),
+        (Op::Create(_) | Op::Add { .. }, ReturnCode::Ns) | (Op::Advance(_), ReturnCode::Ex) => Some(Reply::Taken),
+        (Op::Create(_) | Op::Add { .. } | Op::Advance(_) | Op::Probe(_), ReturnCode::Hd) => Some(Reply::Stored),
+        _ => None,
+    }
+}
+
+/// `shortbus:NAME:`, the name percent-encoded (RFC 3986 section 2.1) but for unreserved characters, so that no two
+/// names share a key and no key holds a space. A name too long for memcached's 250 bytes is cut and hashed.
+fn key_prefix(bus: &[u8]) -> String {
+    let mut name = String::with_capacity(bus.len());
+    for &byte in bus {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => name.push(byte.into()),
+            _ => name.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    if name.len() > limits::NAME_MAX {
+        // '*' stands in no encoded name, so a cut name is never another bus's whole one.
+        name.truncate(limits::NAME_MAX - 33);
+        name.push_str(&format!("*{:032x}", fnv1a_128(bus)));
+    }
+    format!("shortbus:{name}:")
+}
+
+/// FNV-1a, 128 bits (draft-eastlake-fnv): names are the server's own choice, so nobody hunts for collisions, and
+/// the result has to stay the same in every version.
+fn fnv1a_128(bytes: &[u8]) -> u128 {
+    bytes.iter().fold(0x6c62272e07bb014262b821756295c58d, |hash, &byte| {
+        (hash ^ u128::from(byte)).wrapping_mul(0x0000000001000000000000000000013b)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_has_keys_of_its_own_within_memcached_s_250_bytes() {
+        let long = |last: u8| [vec![0xff; 254], vec![last]].concat();
+        let names: Vec<Vec<u8>> =
+            ["chat", "Chat", "a b", "a%20b", "a:last", "a", "last", "π", ".", "%", "*", "a\u{7f}b", "nph-chat"]
+                .iter()
+                .map(|name| name.as_bytes().to_vec())
+                .chain([vec![0xff], vec![0xfe], long(1), long(2), vec![b'x'; 200], vec![b'x'; 201], vec![b'x'; 255]])
+                .collect();
+        let keys: std::collections::HashSet<String> = names.iter().map(|name| key_prefix(name)).collect();
+        assert_eq!(keys.len(), names.len());
+        for key in keys {
+            assert!(key.len() + limits::MAX_ID.to_string().len() <= 250, "{key}");
+            assert!(key.bytes().all(|byte| byte.is_ascii_graphic()), "{key}");
+        }
+    }
+
+    #[test]
+    fn the_hash_is_fnv1a_128() {
+        // Test vectors of draft-eastlake-fnv.
+        assert_eq!(fnv1a_128(b"a"), 0xd228cb696f1a8caf78912b704e4a8964);
+        assert_eq!(fnv1a_128(b"foobar"), 0x343e1662793c64bf6f0d3597ba446f18);
+    }
+}

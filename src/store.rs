@@ -1,0 +1,86 @@
+//! What the delivery protocol asks of memcached, and nothing more.
+//!
+//! Two drivers: [`crate::memcached`], and the model under a seeded scheduler in `tests/simulation.rs`.
+
+use std::time::Duration;
+
+/// One operation on a bus's keys: the counter `last`, and a slot per message id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op<'a> {
+    /// Read `last` with its CAS token: [`Reply::Counter`] or [`Reply::Missing`].
+    Last,
+    /// Create `last` with this value unless it exists; it never expires: [`Reply::Stored`] or [`Reply::Taken`].
+    Create(u64),
+    /// Increment `last` by one if its CAS token is still this one: [`Reply::Stored`], [`Reply::Taken`] if not,
+    /// [`Reply::Missing`].
+    Advance(u64),
+    /// Write a slot that does not exist yet, for `ttl` seconds: [`Reply::Stored`] or [`Reply::Taken`].
+    Add {
+        /// The slot.
+        id: u64,
+        /// The user's id, a space, the message.
+        value: &'a [u8],
+        /// Seconds, as memcached counts them.
+        ttl: u32,
+    },
+    /// Read a slot: [`Reply::Value`] or [`Reply::Missing`].
+    Get(u64),
+    /// Whether a slot lives, without its value: [`Reply::Stored`] or [`Reply::Missing`].
+    Probe(u64),
+}
+
+/// The answer to one [`Op`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// `last` and its CAS token.
+    Counter(Counter),
+    /// A slot's value.
+    Value(Vec<u8>),
+    /// Done, or there.
+    Stored,
+    /// Not done: another was first.
+    Taken,
+    /// No such key.
+    Missing,
+}
+
+/// `last` as read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counter {
+    /// Id of the newest message; at most [`crate::limits::MAX_ID`].
+    pub value: u64,
+    /// Changes with every write of the key.
+    pub cas: u64,
+}
+
+/// Why memcached could not be used. None of them says whether a write was carried out, but `Full`: it was not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreError {
+    /// Nothing listens, or the name does not resolve.
+    Unreachable(String),
+    /// No answer within [`crate::limits::STORE_DEADLINE`].
+    Timeout(String),
+    /// It does not know the meta commands of 1.6.10.
+    TooOld(String),
+    /// It would not store the value: out of memory, or an item limit below the default.
+    Full(String),
+    /// It closed the connection in the middle, or answered something else than memcached would.
+    Broken(String),
+}
+
+/// A bus's keys in one memcached.
+#[allow(async_fn_in_trait, reason = "each driver is used by name, on one thread")]
+pub trait Store {
+    /// Carries out the operations in this order, sent in one write on one connection: one reply each, or an
+    /// error, after which nothing is known of any of them.
+    async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError>;
+
+    /// Waits for a random time between half of `longest` and `longest`.
+    async fn pause(&mut self, longest: Duration);
+
+    /// Time from any fixed moment, never going back.
+    fn now(&self) -> Duration;
+
+    /// Microseconds since 1970, where a new counter starts.
+    fn unix_micros(&self) -> u64;
+}
