@@ -92,21 +92,25 @@ pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Re
         Some(Reply::Counter(counter)) => counter.value,
         _ => after,
     };
+    let mut live = false;
     if last < after {
         // The counter was lost and came back lower.
         reader.page.missed = true;
-        reader.page.last_id = oldest_live(store, 0, last).await? - 1;
-    } else if last > after {
-        let live = reader.take(replies, last);
-        if !live && reader.page.last_id < last {
-            reader.page.last_id = oldest_live(store, reader.page.last_id, last).await? - 1;
-        }
+        reader.page.last_id = 0;
+    } else {
+        live = reader.take(replies, last);
     }
     while reader.wants_more(last) {
+        if !live {
+            // A gap, as wide as it may be: on to where it ends.
+            reader.page.last_id = oldest_live(store, reader.page.last_id, last).await? - 1;
+            live = true;
+            continue;
+        }
         let from = reader.page.last_id + 1;
         let slots: Vec<Op> = (from..=last.min(from + reader.batch() - 1)).map(Op::Get).collect();
         let replies = store.run(&slots).await?;
-        reader.take(replies.into_iter(), last);
+        live = reader.take(replies.into_iter(), last);
     }
     reader.page.json.push(b']');
     Ok(reader.page)
