@@ -1,0 +1,814 @@
+//! What a bus does, the same on four fronts: the bare executable, Apache with mod_cgid, Apache with mod_cgi, nginx
+//! with fcgiwrap; each with a memcached of its own.
+
+mod common;
+
+use std::fs;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::thread;
+use std::time::Duration;
+
+use common::{Front, Memcached, Reply, Site, encode};
+use serde_json::{Value, json};
+
+/// A test of each scenario on each front.
+macro_rules! on_four_fronts {
+    ($($scenario:ident)*) => {
+        on_four_fronts!(@ bare Bare; $($scenario)*);
+        on_four_fronts!(@ apache_cgid ApacheCgid; $($scenario)*);
+        on_four_fronts!(@ apache_cgi ApacheCgi; $($scenario)*);
+        on_four_fronts!(@ nginx_fcgiwrap NginxFcgiwrap; $($scenario)*);
+    };
+    (@ $module:ident $front:ident; $($scenario:ident)*) => {
+        mod $module {
+            $(#[test] fn $scenario() { super::$scenario(super::Front::$front); })*
+        }
+    };
+}
+
+on_four_fronts! {
+    three_users_who_each_send_two_messages_hear_the_other_two
+    a_value_comes_back_byte_for_byte
+    a_client_that_knows_only_the_array_gets_every_message
+    the_cursor_passes_the_users_own_messages
+    two_buses_side_by_side_hear_nothing_of_each_other
+    any_file_name_is_a_bus_of_its_own
+    a_copy_a_hard_link_and_a_symlink_are_three_buses
+    a_name_that_starts_with_nph_works_too
+    replies_carry_the_contracts_headers
+    head_is_get_without_the_body
+    a_foreign_page_can_neither_publish_nor_ask_to
+    an_allowed_origin_may_use_the_bus
+    any_origin_may_use_a_bus_open_to_all
+    settings_take_effect
+    a_setting_that_cannot_be_used_is_named
+    a_reply_is_limited_and_the_rest_comes_next
+    a_cursor_far_behind_gets_what_lives
+    messages_expire_and_a_poll_says_that_some_were_missed
+    a_lost_counter_comes_back_higher
+    a_counter_that_came_back_lower_is_followed
+    a_restarted_memcached_is_a_bus_again_for_old_cursors
+    bodies_get_the_documented_answer
+    parameters_get_the_documented_answer
+    methods_and_paths_get_the_documented_answer
+    nothing_reaches_the_command_line
+    no_header_becomes_a_setting
+    memcached_over_tcp_works_as_over_a_unix_socket
+    each_bus_lives_on_one_of_several_memcacheds
+}
+
+#[track_caller]
+fn polled(reply: &Reply) -> Vec<Value> {
+    assert_eq!(reply.status, 200, "{reply:?}");
+    serde_json::from_slice(&reply.body).unwrap()
+}
+
+#[track_caller]
+fn cursor(reply: &Reply) -> u64 {
+    reply.header("shortbus-last-id").expect("Shortbus-Last-Id").parse().unwrap()
+}
+
+fn missed(reply: &Reply) -> bool {
+    reply.header("shortbus-missed").is_some_and(|value| value == "1")
+}
+
+#[track_caller]
+fn assert_outcome(reply: &Reply, status: u16, code: &str) {
+    assert_eq!(reply.outcome(), (status, code.into()), "{reply:?}");
+    if !code.is_empty() {
+        assert_eq!(reply.header("content-type"), Some("application/json"), "{reply:?}");
+        assert!(reply.json()["message"].as_str().is_some_and(|text| text.ends_with('.')), "{reply:?}");
+    }
+}
+
+fn three_users_who_each_send_two_messages_hear_the_other_two(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let users: Vec<(u64, u64)> = (0..3).map(|_| site.join("chat")).collect();
+    let mut sent = Vec::new();
+    for round in 0..2 {
+        for (user, _) in &users {
+            let data = json!({"from": user, "round": round});
+            let id = site.publish("chat", *user, data.to_string());
+            sent.push(json!({"id": id, "user": user, "data": data}));
+        }
+    }
+    for (user, id) in &users {
+        let heard = polled(&site.get(&format!("chat?user={user}&id={id}")));
+        let others: Vec<&Value> = sent.iter().filter(|message| message["user"] != *user).collect();
+        assert_eq!(heard.iter().collect::<Vec<_>>(), others);
+    }
+    let all = polled(&site.get(&format!("chat?id={}", users[0].1)));
+    assert_eq!(all, sent);
+}
+
+fn a_value_comes_back_byte_for_byte(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let (user, start) = site.join("chat");
+    let values = [
+        "1.0",
+        "12345678901234567890",
+        "0",
+        "false",
+        "true",
+        "null",
+        "\"\"",
+        "[]",
+        "{}",
+        r#"{"a":1,"a":2}"#,
+        "1e400",
+        "-0",
+        r#""\ud800""#,
+        r#""\u0000 / \/ é 🦀 </script>""#,
+        "{ \"a\" :\n[ 1 ,\t2 ] }",
+    ];
+    for value in values {
+        site.publish("chat", user, value);
+    }
+    site.publish("chat", user, " \r\n\t7 \n");
+    let reply = site.get(&format!("chat?id={start}"));
+    let expected: Vec<String> = (values.iter().chain(&["7"]).zip(start + 1..))
+        .map(|(value, id)| format!("{{\"id\":{id},\"user\":{user},\"data\":{value}}}"))
+        .collect();
+    assert_eq!(reply.text(), format!("[{}]", expected.join(",")));
+}
+
+fn a_client_that_knows_only_the_array_gets_every_message(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let (me, mut id) = site.join("chat");
+    let (other, _) = site.join("chat");
+    let mut heard = Vec::new();
+    for n in 0..40 {
+        site.publish("chat", if n % 3 == 0 { other } else { me }, n.to_string());
+        if n % 5 == 4 {
+            for message in polled(&site.get(&format!("chat?user={me}&id={id}"))) {
+                id = message["id"].as_u64().unwrap();
+                heard.push(message["data"].as_u64().unwrap());
+            }
+        }
+    }
+    assert_eq!(heard, (0..40).filter(|n| n % 3 == 0).collect::<Vec<_>>());
+}
+
+fn the_cursor_passes_the_users_own_messages(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let (user, start) = site.join("chat");
+    let own = (0..20).map(|n| site.publish("chat", user, n.to_string())).last().unwrap();
+    let reply = site.get(&format!("chat?user={user}&id={start}"));
+    assert_eq!(reply.text(), "[]");
+    assert_eq!(cursor(&reply), own);
+    let other = site.publish("chat", user ^ 1, "\"hello\"");
+    let reply = site.get(&format!("chat?user={user}&id={own}"));
+    assert_eq!((polled(&reply).len(), cursor(&reply), missed(&reply)), (1, other, false));
+    let reply = site.get(&format!("chat?user={user}&id={other}"));
+    assert_eq!((reply.text(), cursor(&reply), missed(&reply)), ("[]", other, false));
+}
+
+fn two_buses_side_by_side_hear_nothing_of_each_other(front: Front) {
+    let site = Site::start(front);
+    for bus in ["red", "blue"] {
+        site.copy(bus);
+        site.publish(bus, 1, format!("\"{bus}\""));
+    }
+    for bus in ["red", "blue"] {
+        let heard = polled(&site.get(&format!("{bus}?id=0")));
+        assert_eq!(heard.iter().map(|message| &message["data"]).collect::<Vec<_>>(), [bus]);
+    }
+}
+
+fn any_file_name_is_a_bus_of_its_own(front: Front) {
+    let site = Site::start(front);
+    let names: Vec<Vec<u8>> = [
+        "a b",
+        "a.b",
+        "a%20b",
+        "a+b",
+        "A b",
+        "chat",
+        "Chat",
+        "CHAT",
+        "last",
+        "π",
+        "日本 語",
+        "a:last",
+        "*",
+        "-h",
+        "'\"$(x)",
+    ]
+    .iter()
+    .map(|name| name.as_bytes().to_vec())
+    .chain([
+        b"\xff\xfe".to_vec(),
+        b"\xff".to_vec(),
+        vec![b'x'; 255],
+        [vec![b'x'; 254], vec![b'y']].concat(),
+        vec![0xc3; 255],
+    ])
+    .collect();
+    for name in &names {
+        site.copy(std::ffi::OsStr::from_bytes(name));
+        site.publish(&encode(name), 1, format!("\"{}\"", encode(name)));
+    }
+    for name in &names {
+        let heard = polled(&site.get(&format!("{}?id=0", encode(name))));
+        assert_eq!(heard.iter().map(|message| &message["data"]).collect::<Vec<_>>(), [&encode(name)]);
+    }
+    // No file has a name of 300 bytes: the server's own answer, and the bus goes on.
+    if front != Front::Bare {
+        let reply = site.get(&"x".repeat(300));
+        assert!([403, 404].contains(&reply.status), "{reply:?}");
+        assert_eq!(site.get("chat").status, 200);
+        site.foresee(&"x".repeat(300));
+        site.foresee("Cannot get script name");
+    }
+}
+
+fn a_copy_a_hard_link_and_a_symlink_are_three_buses(front: Front) {
+    let site = Site::start(front);
+    site.copy("copy");
+    fs::hard_link(site.cgi_bin("copy"), site.cgi_bin("hard")).unwrap();
+    std::os::unix::fs::symlink("copy", site.cgi_bin("soft")).unwrap();
+    for bus in ["copy", "hard", "soft"] {
+        site.publish(bus, 1, format!("\"{bus}\""));
+    }
+    for bus in ["copy", "hard", "soft"] {
+        assert_eq!(polled(&site.get(&format!("{bus}?id=0"))).len(), 1, "{bus}");
+    }
+}
+
+fn a_name_that_starts_with_nph_works_too(front: Front) {
+    let site = Site::start(front);
+    site.copy("nph-chat");
+    let (user, start) = site.join("nph-chat");
+    site.publish("nph-chat", user, "\"hello\"");
+    let reply = site.get(&format!("nph-chat?id={start}"));
+    assert_eq!((polled(&reply).len(), reply.header("content-type")), (1, Some("application/json")));
+    assert_outcome(&site.get("nph-chat?id=x"), 400, "bad_parameter");
+    let head = site.request("HEAD", "nph-chat", &[], b"");
+    assert_eq!((head.status, head.text()), (200, ""));
+}
+
+fn replies_carry_the_contracts_headers(front: Front) {
+    let site = Site::with(front, &[("gone", &[("SHORTBUS_MEMCACHED", "/nowhere")])]);
+    site.copy("chat");
+    let join = site.get("chat");
+    let json = join.json();
+    assert_eq!(json.as_object().unwrap().keys().collect::<Vec<_>>(), ["id", "user"]);
+    for name in ["id", "user"] {
+        assert!(json[name].as_u64().is_some_and(|number| number < 1 << 53), "{json}");
+    }
+    assert_ne!(site.join("chat").0, site.join("chat").0);
+    let id = site.join("chat").1;
+    let post = site.post("chat?user=9007199254740991", "1");
+    assert_eq!(post.text(), format!("{{\"user\":9007199254740991,\"id\":{}}}", id + 1));
+    let poll = site.get(&format!("chat?id={id}"));
+    let (refused, gone) = (site.get("chat?id="), site.get("gone"));
+    let method = site.request("DELETE", "chat", &[], b"");
+    for (reply, status) in [(&join, 200), (&poll, 200), (&post, 200), (&refused, 400), (&method, 405), (&gone, 503)] {
+        assert_eq!(reply.status, status, "{reply:?}");
+        assert_eq!(reply.header("cache-control"), Some("no-store"));
+        assert_eq!(reply.header("x-content-type-options"), Some("nosniff"));
+        assert_eq!(reply.header("content-type"), Some("application/json"));
+        assert_eq!(reply.header("access-control-allow-origin"), None);
+        assert_eq!(reply.header("shortbus-last-id").is_some(), reply == &poll);
+        assert_eq!(reply.header("shortbus-missed"), None);
+        assert_eq!(reply.header("allow"), (status == 405).then_some("GET, HEAD, POST, OPTIONS"));
+        assert_eq!(reply.header("retry-after"), (status == 503).then_some("1"));
+    }
+}
+
+fn head_is_get_without_the_body(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let id = site.publish("chat", 1, "\"hello\"");
+    for (target, status) in [("chat".into(), 200), (format!("chat?id={}", id - 1), 200), ("chat?id=x".into(), 400)] {
+        let get = site.get(&target);
+        let head = site.request("HEAD", &target, &[], b"");
+        assert_eq!((head.status, head.text()), (status, ""));
+        for name in ["content-type", "cache-control", "x-content-type-options", "shortbus-last-id"] {
+            assert_eq!(head.header(name), get.header(name), "{name}");
+        }
+    }
+    site.expect_error("bad_parameter");
+}
+
+fn a_foreign_page_can_neither_publish_nor_ask_to(front: Front) {
+    let site =
+        Site::with(front, &[("friends", &[("SHORTBUS_ALLOW_ORIGIN", "https://friend.example http://b.example:8080")])]);
+    site.copy("chat");
+    let start = site.join("chat").1;
+    let foreign = [
+        "http://evil.example",
+        "https://evil.example",
+        "null",
+        "",
+        "http://localhost.evil.example",
+        "http://localhost:81",
+        "localhost",
+        "http://localhost@evil.example",
+        "file://",
+        "https://friend.example.evil.example",
+    ];
+    for bus in ["chat", "friends"] {
+        for origin in foreign {
+            for method in ["POST", "OPTIONS"] {
+                let reply = site.request(method, &format!("{bus}?user=1"), &[("Origin", origin)], b"1");
+                assert_outcome(&reply, 403, "foreign_origin");
+                assert_eq!(reply.header("access-control-allow-origin"), None);
+            }
+            // It may ask, but its browser does not let it read.
+            let reply = site.request("GET", bus, &[("Origin", origin)], b"");
+            assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, None));
+        }
+    }
+    let cross = [("Origin", "http://evil.example"), ("Sec-Fetch-Site", "cross-site")];
+    assert_outcome(&site.request("POST", "chat?user=1", &cross, b"1"), 403, "foreign_origin");
+    assert_eq!(site.get(&format!("chat?id={start}")).text(), "[]");
+    // curl has no Origin; a page of this host has this one, also behind a proxy that speaks https or rewrites Host.
+    let own: [&[(&str, &str)]; 6] = [
+        &[],
+        &[("Origin", "http://localhost")],
+        &[("Origin", "https://localhost")],
+        &[("Origin", "http://Example.org:8080"), ("Host", "example.org:8080")],
+        &[("Origin", "https://example.org"), ("Host", "example.org:443")],
+        &[("Origin", "https://public.example"), ("Host", "backend:8080"), ("Sec-Fetch-Site", "same-origin")],
+    ];
+    for headers in own {
+        assert_eq!(site.request("POST", "chat?user=1", headers, b"1").status, 200, "{headers:?}");
+    }
+}
+
+fn an_allowed_origin_may_use_the_bus(front: Front) {
+    let site =
+        Site::with(front, &[("friends", &[("SHORTBUS_ALLOW_ORIGIN", "https://friend.example http://b.example:8080")])]);
+    for origin in ["https://friend.example", "http://b.example:8080"] {
+        let ask = [
+            ("Origin", origin),
+            ("Access-Control-Request-Method", "POST"),
+            ("Access-Control-Request-Headers", "content-type"),
+        ];
+        let preflight = site.request("OPTIONS", "friends", &ask, b"");
+        assert_eq!((preflight.status, preflight.text()), (204, ""));
+        assert_eq!(preflight.header("access-control-allow-methods"), Some("GET, HEAD, POST, OPTIONS"));
+        assert_eq!(preflight.header("access-control-allow-headers"), Some("Content-Type"));
+        let post =
+            site.request("POST", "friends?user=1", &[("Origin", origin), ("Content-Type", "application/json")], b"1");
+        let poll = site.request("GET", "friends?id=0", &[("Origin", origin)], b"");
+        let refused = site.request("GET", "friends?id=x", &[("Origin", origin)], b"");
+        for (reply, status) in [(&preflight, 204), (&post, 200), (&poll, 200), (&refused, 400)] {
+            assert_eq!(
+                (reply.status, reply.header("access-control-allow-origin")),
+                (status, Some(origin)),
+                "{reply:?}"
+            );
+            assert_eq!(reply.header("vary"), Some("Origin"));
+        }
+        assert_eq!(
+            poll.header("access-control-expose-headers"),
+            Some("Shortbus-Last-Id, Shortbus-Missed, Retry-After")
+        );
+    }
+}
+
+fn any_origin_may_use_a_bus_open_to_all(front: Front) {
+    let site = Site::with(front, &[("open", &[("SHORTBUS_ALLOW_ORIGIN", "*")])]);
+    for origin in ["https://anyone.example", "null"] {
+        for (method, status) in [("OPTIONS", 204), ("POST", 200), ("GET", 200)] {
+            let reply = site.request(method, "open?user=1&id=0", &[("Origin", origin)], b"1");
+            assert_eq!((reply.status, reply.header("access-control-allow-origin")), (status, Some("*")), "{reply:?}");
+        }
+    }
+}
+
+fn settings_take_effect(front: Front) {
+    let site = Site::with(
+        front,
+        &[
+            ("brief", &[("SHORTBUS_TTL", "1")]),
+            ("small", &[("SHORTBUS_MAX_BYTES", "4")]),
+            ("large", &[("SHORTBUS_MAX_BYTES", "1000000")]),
+            ("one", &[("SHORTBUS_BUS", "the same name/ä")]),
+            ("two", &[("SHORTBUS_BUS", "the same name/ä")]),
+        ],
+    );
+    assert_eq!(site.publish("one", 1, "1"), site.join("two").1);
+    assert_eq!(polled(&site.get("two?id=0")).len(), 1);
+    site.publish("small", 1, "1234");
+    assert_outcome(&site.post("small?user=1", "12345"), 413, "too_large");
+    let large = format!("\"{}\"", "x".repeat(999_998));
+    let id = site.publish("large", 1, &large);
+    let reply = site.get(&format!("large?id={}", id - 1));
+    assert!(reply.text().contains(&large));
+    assert_outcome(&site.post("large?user=1", format!("{large} ")), 413, "too_large");
+    let id = site.publish("brief", 1, "1");
+    let reply = site.get(&format!("brief?id={}", id - 1));
+    assert_eq!((polled(&reply).len(), missed(&reply)), (1, false));
+    thread::sleep(Duration::from_millis(2_100));
+    let reply = site.get(&format!("brief?id={}", id - 1));
+    assert_eq!((reply.text(), cursor(&reply), missed(&reply)), ("[]", id, true));
+}
+
+fn a_setting_that_cannot_be_used_is_named(front: Front) {
+    let wrong = [
+        ("SHORTBUS_TTL", vec!["", "0", "-1", "1.5", "60s", " 60", "+60", "2592001", "18446744073709551616", "abc"]),
+        ("SHORTBUS_MAX_BYTES", vec!["", "0", "-1", "10k", "1000001", "9999999999999999999999"]),
+        (
+            "SHORTBUS_MEMCACHED",
+            vec![
+                "",
+                " ",
+                "localhost",
+                "127.0.0.1:",
+                ":11211",
+                "127.0.0.1:0",
+                "127.0.0.1:65536",
+                "a:b",
+                "127.0.0.1:11211 x",
+            ],
+        ),
+        ("SHORTBUS_BUS", vec![""]),
+        (
+            "SHORTBUS_ALLOW_ORIGIN",
+            vec![
+                "",
+                "example.org",
+                "https://example.org/",
+                "https://Example.org",
+                "https://",
+                "https://a.example, https://b.example",
+                "**",
+            ],
+        ),
+    ];
+    let cases: Vec<(String, [(&str, &str); 1])> = (wrong.iter())
+        .flat_map(|(name, values)| values.iter().map(move |value| (*name, *value)))
+        .enumerate()
+        .map(|(n, case)| (format!("bus{n}"), [case]))
+        .collect();
+    let settings: Vec<(&str, &[(&str, &str)])> = cases.iter().map(|(bus, case)| (&bus[..], &case[..])).collect();
+    let site = Site::with(front, &settings);
+    for (bus, [(name, value)]) in &cases {
+        // fcgiwrap hands on no parameter that is empty: for it that is the same as none.
+        if value.is_empty() && front == Front::NginxFcgiwrap {
+            continue;
+        }
+        for reply in [site.get(bus), site.post(&format!("{bus}?user=1"), "1")] {
+            assert_outcome(&reply, 500, "bad_setting");
+            let message = reply.json()["message"].as_str().unwrap().to_owned();
+            assert!(message.contains(name) && message.contains(&format!("'{value}'")), "{message}");
+        }
+    }
+    site.copy("chat");
+    site.publish("chat", 1, "1");
+}
+
+fn a_reply_is_limited_and_the_rest_comes_next(front: Front) {
+    let site = Site::start(front);
+    for (bus, count, size, most) in [("many", 1_100, 1, 1_000), ("big", 130, 10_000, 104)] {
+        site.copy(bus);
+        let (_, start) = site.join(bus);
+        let body = format!("\"{}\"", "x".repeat(size));
+        // Publishing over HTTP would take minutes: the slots as a publish leaves them, straight to memcached.
+        let mut commands = String::new();
+        for id in start + 1..=start + count {
+            commands.push_str(&format!("ms shortbus:{bus}:{id} {} T60 q\r\n1 {body}\r\n", body.len() + 2));
+        }
+        site.memcached.ask(&format!("{commands}ma shortbus:{bus}:last D{count}\r\n"));
+        let mut heard = 0;
+        let mut at = start;
+        for expected in [most, count - most, 0] {
+            let reply = site.get(&format!("{bus}?id={at}"));
+            let ids: Vec<u64> = polled(&reply).iter().map(|message| message["id"].as_u64().unwrap()).collect();
+            assert_eq!(ids, (at + 1..=at + expected).collect::<Vec<_>>());
+            assert!(reply.body.len() <= 1 << 20 && !missed(&reply));
+            at = cursor(&reply);
+            heard += expected;
+        }
+        assert_eq!((heard, at), (count, start + count));
+    }
+}
+
+fn a_cursor_far_behind_gets_what_lives(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let reply = site.get("chat?id=0");
+    assert_eq!((reply.text(), cursor(&reply), missed(&reply)), ("[]", 0, false));
+    let (_, start) = site.join("chat");
+    let reply = site.get("chat?id=0");
+    assert_eq!((reply.text(), cursor(&reply)), ("[]", start));
+    for n in 0..50 {
+        site.publish("chat", 1, n.to_string());
+    }
+    for from in [0, 1, start - 1_000, start - 16, start - 1, start] {
+        let reply = site.get(&format!("chat?id={from}"));
+        let heard: Vec<u64> = polled(&reply).iter().map(|message| message["data"].as_u64().unwrap()).collect();
+        assert_eq!(heard, (0..50).collect::<Vec<_>>(), "from {from}");
+        assert_eq!((cursor(&reply), missed(&reply)), (start + 50, from != start));
+    }
+}
+
+fn messages_expire_and_a_poll_says_that_some_were_missed(front: Front) {
+    let site = Site::with(front, &[("brief", &[("SHORTBUS_TTL", "1")])]);
+    let (_, start) = site.join("brief");
+    for n in 0..20 {
+        site.publish("brief", 1, n.to_string());
+    }
+    thread::sleep(Duration::from_millis(2_100));
+    let id = site.publish("brief", 1, "\"new\"");
+    let reply = site.get(&format!("brief?id={start}"));
+    assert_eq!(polled(&reply), [json!({"id": id, "user": 1, "data": "new"})]);
+    assert_eq!((cursor(&reply), missed(&reply)), (id, true));
+    let reply = site.get(&format!("brief?id={}", id - 1));
+    assert_eq!((polled(&reply).len(), missed(&reply)), (1, false));
+}
+
+fn a_lost_counter_comes_back_higher(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let old = site.publish("chat", 1, "\"before\"");
+    assert!(site.memcached.ask("md shortbus:chat:last\r\n").starts_with("HD"));
+    let reply = site.get(&format!("chat?id={old}"));
+    assert_eq!((reply.text(), cursor(&reply)), ("[]", old));
+    let new = site.publish("chat", 1, "\"after\"");
+    assert!(new > old);
+    let reply = site.get(&format!("chat?id={old}"));
+    assert_eq!((polled(&reply).len(), cursor(&reply), missed(&reply)), (1, new, true));
+    // One who was further behind still gets what lives on both sides of the gap, but no more than once.
+    let both = site.get(&format!("chat?id={}", old - 1));
+    assert_eq!(polled(&both).iter().map(|message| &message["data"]).collect::<Vec<_>>(), ["before", "after"]);
+}
+
+fn a_counter_that_came_back_lower_is_followed(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let old = site.publish("chat", 1, "\"before\"");
+    site.memcached.ask("md shortbus:chat:last\r\nms shortbus:chat:last 7\r\n1000000\r\n");
+    let new = site.publish("chat", 1, "\"after\"");
+    assert_eq!(new, 1_000_001);
+    let reply = site.get(&format!("chat?id={old}"));
+    assert_eq!(polled(&reply), [json!({"id": new, "user": 1, "data": "after"})]);
+    assert_eq!((cursor(&reply), missed(&reply)), (new, true));
+}
+
+fn a_restarted_memcached_is_a_bus_again_for_old_cursors(front: Front) {
+    let mut site = Site::start(front);
+    site.copy("chat");
+    let old = site.publish("chat", 1, "\"before\"");
+    site.memcached.restart();
+    let reply = site.get(&format!("chat?id={old}"));
+    assert_eq!((reply.text(), cursor(&reply)), ("[]", old));
+    let new = site.publish("chat", 1, "\"after\"");
+    let reply = site.get(&format!("chat?user=2&id={old}"));
+    assert_eq!(polled(&reply), [json!({"id": new, "user": 1, "data": "after"})]);
+    assert_eq!((cursor(&reply), missed(&reply)), (new, true));
+}
+
+fn bodies_get_the_documented_answer(front: Front) {
+    let site = Site::with(front, &[("deep", &[("SHORTBUS_MAX_BYTES", "1000000")])]);
+    site.copy("chat");
+    let start = site.join("chat").1;
+    let nested = |levels: usize| "[".repeat(levels) + &"]".repeat(levels);
+    let text = |size: usize| format!("\"{}\"", "x".repeat(size - 2)).into_bytes();
+    let rows: Vec<(&str, Vec<u8>, u16, &str)> = vec![
+        ("chat", b"".to_vec(), 400, "not_json"),
+        ("chat", b" \n".to_vec(), 400, "not_json"),
+        ("chat", b"hello".to_vec(), 400, "not_json"),
+        ("chat", b"{'a':1}".to_vec(), 400, "not_json"),
+        ("chat", b"{\"a\":1".to_vec(), 400, "not_json"),
+        ("chat", b"[1,]".to_vec(), 400, "not_json"),
+        ("chat", b"01".to_vec(), 400, "not_json"),
+        ("chat", b"NaN".to_vec(), 400, "not_json"),
+        ("chat", b"1 2".to_vec(), 400, "not_json"),
+        ("chat", b"{}x".to_vec(), 400, "not_json"),
+        ("chat", b"\"a\nb\"".to_vec(), 400, "not_json"),
+        ("chat", b"\xef\xbb\xbf1".to_vec(), 400, "not_json"),
+        ("chat", b"\"\xff\"".to_vec(), 400, "not_utf8"),
+        ("chat", b"\"\xed\xa0\x80\"".to_vec(), 400, "not_utf8"),
+        ("chat", br#""\ud800""#.to_vec(), 200, ""),
+        ("chat", b"\"\0\"".to_vec(), 400, "not_json"),
+        ("chat", b"1\0".to_vec(), 400, "not_json"),
+        ("chat", b"\0".to_vec(), 400, "not_json"),
+        ("chat", b"1e400".to_vec(), 200, ""),
+        ("chat", nested(128).into(), 200, ""),
+        ("chat", nested(129).into(), 400, "too_deep"),
+        ("chat", nested(100_000).into(), 413, "too_large"),
+        ("deep", nested(100_000).into(), 400, "too_deep"),
+        ("chat", text(10_240), 200, ""),
+        ("chat", text(10_241), 413, "too_large"),
+        ("chat", text(100_000_000), 413, "too_large"),
+    ];
+    let mut good = 0;
+    for (bus, body, status, code) in rows {
+        let shown = String::from_utf8_lossy(&body[..body.len().min(20)]).into_owned();
+        let reply = site.post(&format!("{bus}?user=1"), &body);
+        assert_eq!(reply.outcome(), (status, code.into()), "{shown:?}");
+        assert_outcome(&reply, status, code);
+        good += u64::from(status == 200);
+    }
+    // Longer than it says: what lies behind is not the body's.
+    let reply = site.raw("POST", "chat?user=1", &[("Content-Length", "2"), ("Connection", "keep-alive")], b"12345");
+    assert_outcome(&reply, 200, "");
+    good += 1;
+    match front {
+        Front::Bare => {
+            for (length, status, code) in [
+                ("", 200, ""),
+                ("x", 400, "bad_length"),
+                ("-1", 400, "bad_length"),
+                ("1e3", 400, "bad_length"),
+                ("99", 400, "incomplete"),
+                ("99999999999999999999", 400, "bad_length"),
+            ] {
+                assert_outcome(&site.raw("POST", "chat?user=1", &[("Content-Length", length)], b"12"), status, code);
+            }
+            // Without a length the body ends where the input does, as a chunked one does under Apache.
+            assert_outcome(&site.raw("POST", "chat?user=1", &[], b"12"), 200, "");
+            assert_outcome(&site.raw("POST", "chat?user=1", &[], &text(10_241)), 413, "too_large");
+            good += 2;
+        }
+        _ => {
+            // A body that stops short: server and bus between them publish nothing, and go on.
+            let _ = site.send("POST", "chat?user=1", &[("Content-Length", "99")], b"12");
+            site.foresee("Error reading request entity data");
+            let chunked = [("Transfer-Encoding", "chunked")];
+            assert_outcome(&site.raw("POST", "chat?user=1", &chunked, b"1\r\n4\r\n1\r\n2\r\n0\r\n\r\n"), 200, "");
+            let large = [b"2801\r\n", &text(10_241)[..], b"\r\n0\r\n\r\n"].concat();
+            assert_outcome(&site.raw("POST", "chat?user=1", &chunked, &large), 413, "too_large");
+            assert_outcome(&site.raw("POST", "chat?user=1", &chunked, b"0\r\n\r\n"), 400, "not_json");
+            good += 1;
+        }
+    }
+    let reply = site.get(&format!("chat?id={start}"));
+    assert_eq!(reply.text().matches("{\"id\":").count() as u64, good);
+}
+
+fn parameters_get_the_documented_answer(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let long = "9".repeat(65_000);
+    let bad: Vec<String> = [
+        "",
+        "-1",
+        "+1",
+        "1.0",
+        "1e3",
+        "0x1",
+        " 1",
+        "1 ",
+        "9007199254740992",
+        "18446744073709551616",
+        "abc",
+        "null",
+        "%",
+        "%zz",
+        "%31%",
+        "%ff",
+        "%C3%28",
+        "%00",
+        "1%00",
+        "1,2",
+        "NaN",
+        "\u{665}",
+    ]
+    .iter()
+    .map(|value| value.replace(' ', "%20").replace('\u{665}', "%D9%A5"))
+    .collect();
+    for value in &bad {
+        assert_outcome(&site.get(&format!("chat?id={value}")), 400, "bad_parameter");
+        assert_outcome(&site.get(&format!("chat?user={value}&id=0")), 400, "bad_parameter");
+        assert_outcome(&site.post(&format!("chat?user={value}"), "1"), 400, "bad_parameter");
+    }
+    for query in ["user=1", "user=1&id=1&id=1", "user=1&user=1&id=1", "id=1&i%64=2"] {
+        assert_outcome(&site.get(&format!("chat?{query}")), 400, "bad_parameter");
+    }
+    for query in ["", "?", "?id=1", "?user=1&user=2", "?USER=1"] {
+        assert_outcome(&site.post(&format!("chat{query}"), "1"), 400, "bad_parameter");
+    }
+    for query in ["id=9007199254740991", "user=0&id=0", "%69d=%30", "&&id=0&", "id=0&other=%ff&x", "user=00007&id=0001"]
+    {
+        assert_outcome(&site.get(&format!("chat?{query}")), 200, "");
+    }
+    // What the bus does not know is left alone, such as a page's way around caches.
+    assert!(site.get("chat?_=1700000000").json()["user"].is_u64());
+    for target in [format!("chat?id={long}"), format!("chat?id=0&x={long}")] {
+        match front {
+            Front::Bare => assert_eq!(site.get(&target).status, if target.contains('x') { 200 } else { 400 }),
+            // The servers' own limit is shorter.
+            _ => assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 414),
+        }
+    }
+    assert_eq!(site.get("chat").status, 200);
+}
+
+fn methods_and_paths_get_the_documented_answer(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    for method in ["PUT", "DELETE", "PATCH", "PROPFIND", "get", "FOO"] {
+        let reply = site.request(method, "chat?user=1&id=0", &[], b"1");
+        // nginx knows no method in lower case.
+        if method == "get" && front == Front::NginxFcgiwrap {
+            assert_eq!(reply.status, 400);
+            continue;
+        }
+        assert_outcome(&reply, 405, "bad_method");
+        assert_eq!(reply.header("allow"), Some("GET, HEAD, POST, OPTIONS"));
+    }
+    let options = site.request("OPTIONS", "chat", &[], b"");
+    assert_eq!((options.status, options.header("allow")), (204, Some("GET, HEAD, POST, OPTIONS")));
+    for path in ["/nothing", "/%2e%2e%2fetc", "/a/b/c", "/%ff", "/last", "/chat"] {
+        // Apache itself refuses encoded slashes.
+        if path.contains("%2f") && front != Front::Bare {
+            continue;
+        }
+        assert_outcome(&site.get(&format!("chat{path}")), 404, "unknown_path");
+        assert_outcome(&site.post(&format!("chat{path}?user=1"), "1"), 404, "unknown_path");
+    }
+    assert_eq!(site.get("chat").status, 200);
+}
+
+fn nothing_reaches_the_command_line(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    for query in
+        ["--help", "-h", "-s", "--check", "--version", "--check+--help", "-d+allow_url_include%3d1", "%2d%2dhelp"]
+    {
+        let reply = site.get(&format!("chat?{query}"));
+        assert_eq!(reply.status, 200, "{query}");
+        assert!(reply.json()["user"].is_u64(), "{query}: {reply:?}");
+    }
+}
+
+fn no_header_becomes_a_setting(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let id = site.publish("chat", 1, "1");
+    let headers = [
+        ("Proxy", "http://evil.example:1"),
+        ("Shortbus-Bus", "other"),
+        ("Shortbus-Memcached", "/nowhere"),
+        ("SHORTBUS_TTL", "x"),
+        ("Shortbus-Allow-Origin", "*"),
+        ("Gateway-Interface", ""),
+        ("Path-Info", "/x"),
+    ];
+    let reply = site.request("GET", &format!("chat?id={}", id - 1), &headers, b"");
+    assert_eq!((polled(&reply).len(), cursor(&reply)), (1, id));
+}
+
+fn memcached_over_tcp_works_as_over_a_unix_socket(front: Front) {
+    let site = Site::on(front, Memcached::start_tcp(), &[]);
+    site.copy("chat");
+    let id = site.publish("chat", 1, "\"hello\"");
+    assert_eq!(polled(&site.get(&format!("chat?id={}", id - 1))).len(), 1);
+    let (_, port) = site.memcached.address.rsplit_once(':').unwrap();
+    assert!(site.memcached.ask("stats\r\n").contains("STAT curr_items 2\r\n"), "on port {port}");
+}
+
+fn each_bus_lives_on_one_of_several_memcacheds(front: Front) {
+    let pool: Vec<Memcached> = (0..3).map(|_| Memcached::start(&[])).collect();
+    let list = |order: [usize; 3]| order.map(|n| pool[n].address.clone()).join(" ");
+    let (one, other) = (list([0, 1, 2]), list([2, 0, 1]));
+    let buses: Vec<String> = (0..12).map(|n| format!("bus{n}")).collect();
+    let name = [("SHORTBUS_MEMCACHED", &one[..])];
+    let settings: Vec<(&str, &[(&str, &str)])> = buses.iter().map(|bus| (&bus[..], &name[..])).collect();
+    let twisted = [("SHORTBUS_MEMCACHED", &other[..]), ("SHORTBUS_BUS", "bus0")];
+    let site = Site::with(front, &[&settings[..], &[("twisted", &twisted)]].concat());
+    for bus in &buses {
+        let id = site.publish(bus, 1, "1");
+        assert_eq!(polled(&site.get(&format!("{bus}?id={}", id - 1))).len(), 1);
+        // All of a bus is in one place.
+        let places: Vec<bool> = (pool.iter())
+            .map(|memcached| {
+                let found = memcached.ask(&format!("mg shortbus:{bus}:last\r\nmg shortbus:{bus}:{id}\r\n"));
+                assert!(["HD\r\nHD\r\n", "EN\r\nEN\r\n"].contains(&&found[..]), "{found}");
+                found.starts_with("HD")
+            })
+            .collect();
+        assert_eq!(places.iter().filter(|&&here| here).count(), 1, "{bus}: {places:?}");
+    }
+    // The order of the list does not matter, and the buses spread.
+    assert_eq!(polled(&site.get("twisted?id=0")).len(), 1);
+    let busy = pool.iter().filter(|memcached| !memcached.ask("stats\r\n").contains("STAT curr_items 0\r\n")).count();
+    assert!(busy > 1);
+}
+
+/// Bytes that are no text, only where a file name can hold them.
+#[test]
+fn a_settings_value_need_not_be_text() {
+    let site = Site::start(Front::Bare);
+    site.copy("chat");
+    for (name, status) in [("SHORTBUS_TTL", "500"), ("SHORTBUS_MEMCACHED", "500"), ("SHORTBUS_BUS", "503")] {
+        let output = std::process::Command::new(site.cgi_bin("chat"))
+            .env("REQUEST_METHOD", "GET")
+            .env("SHORTBUS_MEMCACHED", "/nowhere")
+            .env(name, std::ffi::OsString::from_vec(b"\xff\xfe".to_vec()))
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        assert!(output.stdout.starts_with(format!("Status: {status}").as_bytes()), "{name}: {output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1);
+    }
+}
