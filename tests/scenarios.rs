@@ -1,6 +1,7 @@
 //! What a bus does, the same on four fronts: the bare executable, Apache with mod_cgid, Apache with mod_cgi, nginx
 //! with fcgiwrap; each with a memcached of its own.
 
+#[macro_use]
 mod common;
 
 use std::fs;
@@ -10,21 +11,6 @@ use std::time::Duration;
 
 use common::{Front, Memcached, Reply, Site, encode};
 use serde_json::{Value, json};
-
-/// A test of each scenario on each front.
-macro_rules! on_four_fronts {
-    ($($scenario:ident)*) => {
-        on_four_fronts!(@ bare Bare; $($scenario)*);
-        on_four_fronts!(@ apache_cgid ApacheCgid; $($scenario)*);
-        on_four_fronts!(@ apache_cgi ApacheCgi; $($scenario)*);
-        on_four_fronts!(@ nginx_fcgiwrap NginxFcgiwrap; $($scenario)*);
-    };
-    (@ $module:ident $front:ident; $($scenario:ident)*) => {
-        mod $module {
-            $(#[test] fn $scenario() { super::$scenario(super::Front::$front); })*
-        }
-    };
-}
 
 on_four_fronts! {
     three_users_who_each_send_two_messages_hear_the_other_two

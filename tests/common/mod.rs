@@ -20,6 +20,22 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// A test of each scenario on each front.
+#[allow(unused_macros, reason = "each test program uses its part")]
+macro_rules! on_four_fronts {
+    ($($scenario:ident)*) => {
+        on_four_fronts!(@ bare Bare; $($scenario)*);
+        on_four_fronts!(@ apache_cgid ApacheCgid; $($scenario)*);
+        on_four_fronts!(@ apache_cgi ApacheCgi; $($scenario)*);
+        on_four_fronts!(@ nginx_fcgiwrap NginxFcgiwrap; $($scenario)*);
+    };
+    (@ $module:ident $front:ident; $($scenario:ident)*) => {
+        mod $module {
+            $(#[test] fn $scenario() { super::$scenario(crate::common::Front::$front); })*
+        }
+    };
+}
+
 /// How long a server may take to start, and a log line to arrive.
 const PATIENCE: Duration = Duration::from_secs(20);
 

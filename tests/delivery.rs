@@ -1,0 +1,142 @@
+//! The promise on the real thing: an acknowledged message reaches every poller exactly once, and all in one order.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use common::{Front, Site};
+
+const PUBLISHERS: usize = 16;
+const POLLERS: usize = 8;
+const MESSAGES: usize = 30;
+
+/// A message as heard: its id, and what it says.
+type Heard = Vec<(u64, String)>;
+
+/// Polls once: half of the pollers go by `Shortbus-Last-Id`, the others know only the array.
+fn poll(site: &Site, knows_header: bool, cursor: &mut u64, heard: &mut Heard) -> usize {
+    let reply = site.get(&format!("chat?id={cursor}"));
+    assert_eq!(reply.status, 200, "{reply:?}");
+    assert_eq!(reply.header("shortbus-missed"), None);
+    let json = reply.json();
+    let messages = json.as_array().unwrap();
+    for message in messages {
+        *cursor = message["id"].as_u64().unwrap();
+        heard.push((*cursor, message["data"].as_str().unwrap().into()));
+    }
+    if knows_header {
+        *cursor = reply.header("shortbus-last-id").unwrap().parse().unwrap();
+    }
+    messages.len()
+}
+
+/// The processes that are publishing on this site just now.
+fn publishing(site: &Site) -> Vec<String> {
+    let bus = fs::metadata(site.cgi_bin("chat")).unwrap().ino();
+    let pids = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let is_publisher = |pid: &String| {
+        let process = Path::new("/proc").join(pid);
+        fs::metadata(process.join("exe")).is_ok_and(|exe| exe.ino() == bus)
+            && fs::read(process.join("environ"))
+                .is_ok_and(|environ| environ.split(|&byte| byte == 0).any(|pair| pair == b"REQUEST_METHOD=POST"))
+    };
+    pids.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())).filter(is_publisher).collect()
+}
+
+#[test]
+fn every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
+    let site = Site::start(Front::ApacheCgid);
+    site.copy("chat");
+    // What Apache says of a program that was killed.
+    site.foresee("End of script output before headers");
+    site.foresee("Error writing request body to script");
+    let (_, start) = site.join("chat");
+    let acknowledged = Mutex::new(BTreeMap::new());
+    let (working, killed) = (AtomicUsize::new(PUBLISHERS), AtomicUsize::new(0));
+    let over = AtomicBool::new(false);
+    let mut all_heard: Vec<Heard> = Vec::new();
+    thread::scope(|scope| {
+        for publisher in 0..PUBLISHERS {
+            let (site, acknowledged, working) = (&site, &acknowledged, &working);
+            scope.spawn(move || {
+                for n in 0..MESSAGES {
+                    let text = format!("{publisher}-{n}");
+                    let reply = site.post(&format!("chat?user={publisher}"), format!("\"{text}\""));
+                    if reply.status == 200 {
+                        let id = reply.json()["id"].as_u64().unwrap();
+                        assert_eq!(acknowledged.lock().unwrap().insert(id, text), None, "an id twice");
+                    }
+                }
+                working.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+        // Kills publishers wherever they are; memcached pauses now and then, so that some are caught between a
+        // write and its reply.
+        let killer = scope.spawn(|| {
+            for round in 0.. {
+                if over.load(Ordering::SeqCst) {
+                    break;
+                }
+                let pause = round % 2 == 0;
+                if pause {
+                    site.memcached.signal("STOP");
+                    thread::sleep(Duration::from_millis(round % 7 * 3));
+                }
+                let victims = publishing(&site);
+                for victim in victims.iter().step_by(3).take(2) {
+                    let kill = Command::new("kill").args(["-KILL", victim]).stderr(Stdio::null()).status().unwrap();
+                    killed.fetch_add(usize::from(kill.success()), Ordering::SeqCst);
+                }
+                if pause {
+                    site.memcached.signal("CONT");
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let pollers: Vec<_> = (0..POLLERS)
+            .map(|n| {
+                let (site, working) = (&site, &working);
+                scope.spawn(move || {
+                    let (mut cursor, mut heard) = (start, Vec::new());
+                    loop {
+                        let last_round = working.load(Ordering::SeqCst) == 0;
+                        if poll(site, n % 2 == 0, &mut cursor, &mut heard) == 0 && last_round {
+                            return heard;
+                        }
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                })
+            })
+            .collect();
+        all_heard = pollers.into_iter().map(|poller| poller.join().unwrap()).collect();
+        over.store(true, Ordering::SeqCst);
+        killer.join().unwrap();
+    });
+    let acknowledged = acknowledged.into_inner().unwrap();
+    let total = PUBLISHERS * MESSAGES;
+    let killed = killed.into_inner();
+    println!(
+        "{} of {total} acknowledged, {} heard, {killed} publishers killed",
+        acknowledged.len(),
+        all_heard[0].len()
+    );
+    assert!(killed > 0 && acknowledged.len() < total, "none was killed");
+    assert!(acknowledged.len() > total / 2, "too many were killed to prove anything");
+    let first = &all_heard[0];
+    assert!(first.windows(2).all(|pair| pair[0].0 < pair[1].0), "ids rise");
+    assert!(all_heard.iter().all(|heard| heard == first), "all hear the same, in the same order");
+    let texts: std::collections::HashSet<&String> = first.iter().map(|(_, text)| text).collect();
+    assert_eq!(texts.len(), first.len(), "none is heard twice");
+    let by_id: BTreeMap<u64, String> = first.iter().cloned().collect();
+    for (id, text) in &acknowledged {
+        assert_eq!(by_id.get(id), Some(text), "acknowledged as {id}");
+    }
+}

@@ -1,0 +1,220 @@
+//! memcached away, in every way: a 503 with its code, nothing acknowledged that was not stored, and a bus again as
+//! soon as memcached is back.
+
+#[macro_use]
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{Folder, Front, Memcached, Site};
+
+on_four_fronts! {
+    a_memcached_that_is_away_is_a_503_that_says_so
+    what_is_no_memcached_is_a_503_that_says_so
+    a_publish_whose_end_is_unknown_says_so
+    a_full_memcached_refuses_and_nothing_is_acknowledged_that_is_not_stored
+    a_stopped_memcached_costs_at_most_two_seconds_and_is_a_bus_again_when_it_runs
+    a_memcached_that_comes_back_is_a_bus_again
+}
+
+/// Something at a unix socket that is not a memcached: serves each connection with `behave`.
+struct Impostor {
+    folder: Folder,
+}
+
+impl Impostor {
+    fn start(behave: fn(UnixStream)) -> Impostor {
+        let folder = Folder::new();
+        let listener = UnixListener::bind(folder.join("socket")).unwrap();
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(folder.join("socket"), std::fs::Permissions::from_mode(0o777)).unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                thread::spawn(move || behave(stream.unwrap()));
+            }
+        });
+        Impostor { folder }
+    }
+
+    fn address(&self) -> String {
+        self.folder.join("socket").to_str().unwrap().into()
+    }
+}
+
+/// Join, poll and publish are all answered by this code.
+#[track_caller]
+fn assert_away(site: &Site, bus: &str, code: &str) {
+    for reply in [site.get(bus), site.get(&format!("{bus}?id=0")), site.post(&format!("{bus}?user=1"), "1")] {
+        assert_eq!(reply.outcome(), (503, code.into()), "{bus}: {reply:?}");
+        assert_eq!(reply.header("retry-after"), Some("1"));
+        assert!(reply.json()["message"].as_str().is_some_and(|text| !text.contains('/')), "no business of a client");
+    }
+}
+
+fn a_memcached_that_is_away_is_a_503_that_says_so(front: Front) {
+    let silent = Impostor::start(|stream| drop(BufReader::new(stream).read_to_end(&mut Vec::new())));
+    let refusing = Folder::new();
+    drop(UnixListener::bind(refusing.join("socket")).unwrap());
+    let refusing = refusing.join("socket").to_str().unwrap().to_owned();
+    let silent_address = silent.address();
+    let site = Site::with(
+        front,
+        &[
+            ("nowhere", &[("SHORTBUS_MEMCACHED", "/nowhere")]),
+            ("refusing", &[("SHORTBUS_MEMCACHED", &refusing)]),
+            // Nothing may listen on the port of tcpmux.
+            ("down", &[("SHORTBUS_MEMCACHED", "127.0.0.1:1")]),
+            ("nameless", &[("SHORTBUS_MEMCACHED", "no-such-host.invalid:11211")]),
+            ("silent", &[("SHORTBUS_MEMCACHED", &silent_address)]),
+        ],
+    );
+    for bus in ["nowhere", "refusing", "down", "nameless"] {
+        assert_away(&site, bus, "memcached_unreachable");
+    }
+    assert_away(&site, "silent", "memcached_timeout");
+    // Input that is wrong is wrong whether memcached is there or not.
+    assert_eq!(site.post("nowhere?user=1", "x").outcome(), (400, "not_json".into()));
+}
+
+fn what_is_no_memcached_is_a_503_that_says_so(front: Front) {
+    type Behaviour = fn(UnixStream);
+    /// Answers each line with the same.
+    fn answer(stream: UnixStream, line: &[u8]) {
+        let mut writer = stream.try_clone().unwrap();
+        for _ in BufReader::new(stream).split(b'\n') {
+            let _ = writer.write_all(line);
+        }
+    }
+    let impostors: [(&str, Behaviour); 12] = [
+        ("memcached_too_old", |stream| answer(stream, b"ERROR\r\n")),
+        ("memcached_too_old", |stream| answer(stream, b"CLIENT_ERROR bad command line format\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"SERVER_ERROR too many open connections\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"HTTP/1.1 400 Bad Request\r\n\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"\0\0\0\0\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"VA x c1\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"VA 3 c1\r\nabc\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"VA 16 c1\r\n9007199254740991\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"VA 1 \r\n7\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"VA 99999999999999999999 c1\r\n")),
+        ("memcached_broken", |stream| answer(stream, b"HD\r\n")),
+        // Dies in the middle of a reply.
+        ("memcached_broken", |mut stream| {
+            let _ = stream.read(&mut [0; 20]);
+            let _ = stream.write_all(b"VA 16 c1\r\n179536");
+        }),
+    ];
+    let started: Vec<(Impostor, &str)> = impostors.map(|(code, behave)| (Impostor::start(behave), code)).into();
+    let names: Vec<(String, [(&str, String); 1])> = (started.iter().enumerate())
+        .map(|(n, (impostor, _))| (format!("bus{n}"), [("SHORTBUS_MEMCACHED", impostor.address())]))
+        .collect();
+    let lists: Vec<[(&str, &str); 1]> = names.iter().map(|(_, [(name, value)])| [(*name, &value[..])]).collect();
+    let settings: Vec<(&str, &[(&str, &str)])> =
+        names.iter().zip(&lists).map(|((bus, _), list)| (&bus[..], &list[..])).collect();
+    let site = Site::with(front, &settings);
+    for ((bus, _), (_, code)) in names.iter().zip(&started) {
+        assert_away(&site, bus, code);
+    }
+}
+
+fn a_publish_whose_end_is_unknown_says_so(front: Front) {
+    /// A memcached up to the claim.
+    fn read_claim(stream: UnixStream) -> (UnixStream, BufReader<UnixStream>) {
+        let mut writer = stream.try_clone().unwrap();
+        let mut reader = BufReader::new(stream);
+        reader.read_line(&mut String::new()).unwrap();
+        writer.write_all(b"VA 16 c7\r\n1700000000000000\r\n").unwrap();
+        reader.read_line(&mut String::new()).unwrap();
+        (writer, reader)
+    }
+    let silent = Impostor::start(|stream| drop(read_claim(stream).1.read_to_end(&mut Vec::new())));
+    let dying = Impostor::start(|stream| drop(read_claim(stream).0.write_all(b"HD\r\nH")));
+    let (silent, dying) = (silent.address(), dying.address());
+    let site = Site::with(
+        front,
+        &[("silent", &[("SHORTBUS_MEMCACHED", &silent)]), ("dying", &[("SHORTBUS_MEMCACHED", &dying)])],
+    );
+    for bus in ["silent", "dying"] {
+        let reply = site.post(&format!("{bus}?user=1"), "1");
+        assert_eq!(reply.outcome(), (503, "outcome_unknown".into()), "{bus}: {reply:?}");
+    }
+}
+
+fn a_full_memcached_refuses_and_nothing_is_acknowledged_that_is_not_stored(front: Front) {
+    // Without evictions, and with so little memory that it is full soon.
+    let site = Site::on(front, Memcached::start(&["-M", "-m", "2"]), &[("chat", &[("SHORTBUS_MAX_BYTES", "100000")])]);
+    let (_, start) = site.join("chat");
+    let body = format!("\"{}\"", "x".repeat(90_000));
+    let (mut stored, mut refused) = (0, 0);
+    while refused < 3 {
+        match site.post("chat?user=1", &body) {
+            reply if reply.status == 200 => stored += 1,
+            reply => {
+                assert_eq!(reply.outcome(), (503, "memcached_full".into()));
+                refused += 1;
+            }
+        }
+        assert!(stored < 1_000, "2 MB are never full");
+    }
+    let (mut heard, mut at) = (0, start);
+    loop {
+        let reply = site.get(&format!("chat?id={at}"));
+        let messages = reply.text().matches("\"user\":1").count();
+        heard += messages;
+        at = reply.header("shortbus-last-id").unwrap().parse().unwrap();
+        if messages == 0 {
+            break;
+        }
+    }
+    assert_eq!(heard, stored);
+    // Room again: a bus again, also for who is behind the holes.
+    site.memcached.ask("flush_all\r\n");
+    let id = site.publish("chat", 1, "\"again\"");
+    let reply = site.get(&format!("chat?id={at}"));
+    assert_eq!(reply.text(), format!("[{{\"id\":{id},\"user\":1,\"data\":\"again\"}}]"));
+}
+
+fn a_stopped_memcached_costs_at_most_two_seconds_and_is_a_bus_again_when_it_runs(front: Front) {
+    // One that takes no more than a connection or two while it is stopped: connecting itself has to be bounded too.
+    let site = Site::on(front, Memcached::start(&["-b", "1"]), &[]);
+    site.copy("chat");
+    let id = site.publish("chat", 1, "\"before\"");
+    site.memcached.signal("STOP");
+    let waiting: Vec<UnixStream> = std::iter::from_fn(|| {
+        let address = site.memcached.address.clone();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        thread::spawn(move || sender.send(UnixStream::connect(address)));
+        receiver.recv_timeout(Duration::from_millis(500)).ok()?.ok()
+    })
+    .take(100)
+    .collect();
+    assert!(waiting.len() < 100, "the queue has no end");
+    // The quickest of three: the machine may be busy with other things.
+    let quickest = (0..3)
+        .map(|_| {
+            let started = Instant::now();
+            assert_eq!(site.get("chat").outcome(), (503, "memcached_timeout".into()));
+            started.elapsed()
+        })
+        .min();
+    assert!(quickest < Some(Duration::from_secs(2)), "{quickest:?}");
+    drop(waiting);
+    site.memcached.signal("CONT");
+    common::wait_for("memcached", || site.memcached.ask("version\r\n").starts_with("VERSION"));
+    let reply = site.get(&format!("chat?id={}", id - 1));
+    assert_eq!(reply.text(), format!("[{{\"id\":{id},\"user\":1,\"data\":\"before\"}}]"));
+}
+
+fn a_memcached_that_comes_back_is_a_bus_again(front: Front) {
+    let mut site = Site::start(front);
+    site.copy("chat");
+    let old = site.publish("chat", 1, "\"before\"");
+    site.memcached.stop();
+    assert_away(&site, "chat", "memcached_unreachable");
+    site.memcached.restart();
+    let new = site.publish("chat", 1, "\"after\"");
+    let reply = site.get(&format!("chat?id={old}"));
+    assert_eq!(reply.text(), format!("[{{\"id\":{new},\"user\":1,\"data\":\"after\"}}]"));
+}
