@@ -202,15 +202,21 @@ fn check_origin(vars: Vars, config: &Config) -> Result<(), Error> {
 }
 
 /// Whether the origin is this host, whatever the scheme: behind a proxy that speaks https we are asked by http.
+///
+/// Debian's fastcgi_params for nginx leave the port out of Host; then SERVER_PORT may stand in for it.
 fn is_host(vars: Vars, origin: &[u8]) -> bool {
-    let host = vars("HTTP_HOST").unwrap_or_default();
     let bare = |name: &[u8]| {
         let name = name.to_ascii_lowercase();
         let port = [&b":80"[..], b":443"].iter().find_map(|port| name.strip_suffix(*port)).map(<[u8]>::len);
         name[..port.unwrap_or(name.len())].to_vec()
     };
-    let authority = [&b"http://"[..], b"https://"].iter().find_map(|scheme| origin.strip_prefix(*scheme));
-    !host.is_empty() && authority.is_some_and(|authority| bare(authority) == bare(&host))
+    let host = vars("HTTP_HOST").unwrap_or_default();
+    let with_port = || [&host[..], b":", &vars("SERVER_PORT").unwrap_or_default()].concat();
+    let scheme = |scheme: &&[u8]| origin.strip_prefix(*scheme);
+    let Some(authority) = [&b"http://"[..], b"https://"].iter().find_map(scheme).map(bare) else {
+        return false;
+    };
+    !host.is_empty() && (authority == bare(&host) || authority == bare(&with_port()))
 }
 
 /// The value of Access-Control-Allow-Origin for this origin, if it has one.

@@ -781,6 +781,15 @@ fn each_bus_lives_on_one_of_several_memcacheds(front: Front) {
     assert!(busy > 1);
 }
 
+/// As Debian's fastcgi_params for nginx have it.
+#[test]
+fn a_host_without_its_port_is_completed_by_server_port() {
+    let site = Site::with(Front::Bare, &[("chat", &[("SERVER_PORT", "8080")])]);
+    for (origin, status) in [("http://localhost:8080", 200), ("http://localhost", 200), ("http://localhost:81", 403)] {
+        assert_eq!(site.request("POST", "chat?user=1", &[("Origin", origin)], b"1").status, status, "{origin}");
+    }
+}
+
 /// Bytes that are no text, only where a file name can hold them.
 #[test]
 fn a_settings_value_need_not_be_text() {
