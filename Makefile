@@ -1,4 +1,43 @@
-HOST := $(shell rustc -vV | sed -n 's/^host: //p')
-build:
-	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo build --release --locked --target $(HOST)
-	cp target/$(HOST)/release/shortbus cgi-bin/shortbus
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+# Static: a third of a request's time is saved at start-up, and one file runs on every Linux of its architecture.
+CARGO = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo
+CGIBIN = /usr/lib/cgi-bin
+NAME = chat
+# A shell older than the Rust installation has not heard of it yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+.PHONY: build demo test bench install clean rust
+
+build: rust
+	$(CARGO) build --release --locked --target $(HOST)
+	@# By rename: a copy that is running cannot be written to.
+	cp target/$(HOST)/release/shortbus cgi-bin/.shortbus.new && mv -f cgi-bin/.shortbus.new cgi-bin/shortbus
+
+demo: NEEDS = memcached apache2 curl
+demo: build
+	@tests/demo.sh
+
+test: NEEDS = memcached apache2 nginx fcgiwrap curl
+test: build
+	cargo test --locked
+
+bench: NEEDS = memcached apache2 nginx fcgiwrap valgrind strace
+bench: build
+	@# The examples are what it compares with.
+	$(CARGO) build --release --locked --target $(HOST) --examples
+	$(CARGO) bench --locked --target $(HOST)
+
+# Not built here: root often has no Rust.
+install:
+	@test -x cgi-bin/shortbus || { echo "Nothing to install yet: run make first." >&2; exit 1; }
+	install -d "$(DESTDIR)$(CGIBIN)"
+	install -m 755 cgi-bin/shortbus "$(DESTDIR)$(CGIBIN)/.$(NAME).new"
+	mv -f "$(DESTDIR)$(CGIBIN)/.$(NAME).new" "$(DESTDIR)$(CGIBIN)/$(NAME)"
+
+clean:
+	cargo clean
+	rm -f cgi-bin/shortbus
+
+rust:
+	@command -v cargo >/dev/null || { echo "shortbus is built with Rust: install it from https://rustup.rs and run make again." >&2; exit 1; }
+	@tests/needs.sh cc $(NEEDS)

@@ -446,25 +446,24 @@ impl Site {
     fn start_nginx(&mut self) {
         let root = self.folder.0.display().to_string();
         let quoted = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
-        let mut locations = String::new();
-        let pass = |list: &[(String, String)]| {
-            let mut lines = String::from(
-                "fastcgi_pass unix:@/fcgiwrap.sock; fastcgi_param GATEWAY_INTERFACE CGI/1.1; \
-                 fastcgi_param DOCUMENT_ROOT @; fastcgi_param SCRIPT_NAME $fastcgi_script_name; \
-                 fastcgi_param REQUEST_METHOD $request_method; fastcgi_param QUERY_STRING $query_string; \
-                 fastcgi_param CONTENT_LENGTH $content_length; fastcgi_param SERVER_PROTOCOL $server_protocol;\n",
-            );
+        // The repository's example as it stands, but for where things are.
+        let example = include_str!("../../nginx-example.conf")
+            .replace("/run/fcgiwrap.socket", &format!("{root}/fcgiwrap.sock"))
+            .replace("root /usr/lib;", &format!("root {root};"))
+            .replace("client_max_body_size 1m;", "client_max_body_size 0;");
+        let location = |place: &str, list: &[(String, String)]| {
             let memcached = ("SHORTBUS_MEMCACHED".into(), self.memcached.address.clone());
             let default = if list.iter().any(|(name, _)| *name == memcached.0) { vec![] } else { vec![memcached] };
-            for (name, value) in list.iter().chain(&default) {
-                lines.push_str(&format!("fastcgi_param {name} {};\n", quoted(value)));
-            }
-            lines.replace('@', &root)
+            let params: String = (list.iter().chain(&default))
+                .map(|(name, value)| format!("fastcgi_param {name} {};\n", quoted(value)))
+                .collect();
+            let (block, _) = example.rsplit_once('}').unwrap();
+            format!("{}{params}}}\n", block.replace("location /cgi-bin/ {", &format!("location {place} {{")))
         };
+        let mut locations = location("/cgi-bin/", &[]);
         for (bus, list) in &self.settings {
-            locations.push_str(&format!("location /cgi-bin/{bus} {{ {} }}\n", pass(list)));
+            locations.push_str(&location(&format!("~ ^/cgi-bin/{bus}(/|$)"), list));
         }
-        locations.push_str(&format!("location /cgi-bin/ {{ {} }}\n", pass(&[])));
         let user = if is_root() { "user root;\n" } else { "" };
         let temp: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
             .map(|name| format!("{name}_temp_path {root}/{name};\n"))
@@ -500,6 +499,11 @@ impl Site {
 
     pub fn folder(&self) -> &Folder {
         &self.folder
+    }
+
+    /// Where its cgi-bin's parent is, with Apache: `http://127.0.0.1:port/`.
+    pub fn url(&self) -> String {
+        format!("http://{}/", self.address)
     }
 
     pub fn cgi_bin(&self, name: impl AsRef<OsStr>) -> PathBuf {
