@@ -42,8 +42,8 @@ pub enum Error {
     Busy,
     /// memcached could not be used; nothing was published.
     Store(StoreError),
-    /// memcached failed while it was publishing: the message may have been published or not.
-    OutcomeUnknown(StoreError),
+    /// memcached failed or was late while publishing: the message may have been published or not. With the cause.
+    OutcomeUnknown(String),
 }
 
 impl From<StoreError> for Error {
@@ -80,7 +80,8 @@ impl Error {
     /// The cause, for the operator; it may name what a client has no business knowing.
     pub fn cause(&self) -> String {
         match self {
-            Error::Store(error) | Error::OutcomeUnknown(error) => error.to_string(),
+            Error::Store(error) => error.to_string(),
+            Error::OutcomeUnknown(cause) => cause.clone(),
             Error::Origin(origin) => format!("{self} (Origin: {origin})"),
             Error::Path(path) => format!("{self} (PATH_INFO: {path})"),
             Error::Method(method) => format!("{self} (REQUEST_METHOD: {method})"),
@@ -118,7 +119,7 @@ impl fmt::Display for Error {
             }
             Error::Store(_) => f.write_str("The bus cannot use its memcached at the moment; try again later."),
             Error::OutcomeUnknown(_) => f.write_str(
-                "memcached failed while publishing: the message may have been published or not; poll to find out.",
+                "memcached failed or was late while publishing: the message may have been published or not; poll to find out.",
             ),
         }
     }

@@ -32,7 +32,8 @@ pub const NAME_MAX: usize = 200;
 pub const STORE_DEADLINE: Duration = Duration::from_millis(1_500);
 
 /// A publisher that finds more than this gone since it read `last` reads it again rather than claim a slot
-/// (the two-second rule): by then the slot may have been claimed, read and expired. Never more than the TTL.
+/// (the two-second rule): by then the slot may have been claimed, read and expired, and what it stored there it
+/// could not acknowledge. Never more than the TTL.
 pub const STALE: Duration = Duration::from_secs(2);
 
 /// Tries to claim a slot before a publish gives up as `busy`. 64 simultaneous publishers need about five.
