@@ -24,6 +24,8 @@ pub fn serve(argv0: &[u8]) {
     let limit = config.as_ref().map_or(0, |config| config.max_bytes);
     let body = http::read_body(&variable, &*fd(0), limit);
     let open = |config: &Config| Memcached::connect(&config.memcached, &config.bus);
+    // The connection is closed again when this returns: what is written below goes to nobody else, even if the server
+    // started us without a stdout or stderr.
     let response = block_on(http::answer(&variable, config, body, open));
     if let Some(line) = &response.log {
         let _ = fd(2).write_all(format!("{line}\n").as_bytes());

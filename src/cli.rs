@@ -42,11 +42,11 @@ pub fn run(argv0: &[u8], arguments: &[Vec<u8>]) -> (i32, String) {
 fn check(argv0: &[u8]) -> (i32, String) {
     let config = match Config::read(&variable, argv0) {
         Ok(config) => config,
-        Err(error) => return (1, format!("shortbus: {error}\n")),
+        Err(error) => return (1, format!("shortbus: {}\n", error.cause())),
     };
     let source = |name: &str, default| if variable(name).is_some() { "environment" } else { default };
     let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
-    let mut out = String::new();
+    let mut out = "With the settings of this shell, and as its user; a request has the web server's.\n".to_owned();
     for (name, value, default) in [
         ("SHORTBUS_BUS", String::from_utf8_lossy(&config.bus).into_owned(), "the file's name"),
         ("SHORTBUS_TTL", config.ttl.to_string(), "default"),

@@ -1,9 +1,9 @@
-//! Settings: environment variables, or FastCGI parameters of the same names. A bus needs none.
+//! Settings: environment variables. A bus needs none.
 
 use crate::error::Error;
 use crate::limits;
 
-/// A variable's value by its name: the process's environment, or a request's parameters.
+/// A variable's value by its name, as the web server gave it.
 pub type Vars<'a> = &'a dyn Fn(&str) -> Option<Vec<u8>>;
 
 const TTL_ALLOWED: &str = "a whole number of seconds from 1 to 2592000";
@@ -85,7 +85,9 @@ fn list(vars: Vars, name: &'static str, allowed: &'static str, good: fn(&str) ->
 
 fn is_server(text: &str) -> bool {
     let port = |port: &str| matches!(whole_number(port.as_bytes()), Some(1..=65535));
-    text.starts_with('/') || text.rsplit_once(':').is_some_and(|(host, number)| !host.is_empty() && port(number))
+    let name = |host: &str| host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    let host = |host: &str| !host.is_empty() && (name(host) || host.starts_with('[') && host.ends_with(']'));
+    text.starts_with('/') || text.rsplit_once(':').is_some_and(|(name, number)| host(name) && port(number))
 }
 
 /// An origin as browsers serialise it (RFC 6454 section 6.2).

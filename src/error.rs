@@ -82,6 +82,7 @@ impl Error {
         match self {
             Error::Store(error) => error.to_string(),
             Error::OutcomeUnknown(cause) => cause.clone(),
+            Error::Setting(_, value, _) => format!("{self} (it is '{value}')"),
             Error::Origin(origin) => format!("{self} (Origin: {origin})"),
             Error::Path(path) => format!("{self} (PATH_INFO: {path})"),
             Error::Method(method) => format!("{self} (REQUEST_METHOD: {method})"),
@@ -111,7 +112,7 @@ impl fmt::Display for Error {
             Error::TooLarge { limit } => {
                 write!(f, "The body is longer than the {limit} bytes this bus takes; SHORTBUS_MAX_BYTES sets that.")
             }
-            Error::Setting(name, value, allowed) => write!(f, "{name} is '{value}', but has to be {allowed}."),
+            Error::Setting(name, _, allowed) => write!(f, "{name} cannot be used as it is; it has to be {allowed}."),
             Error::Busy => f.write_str("Too many are publishing at this moment; nothing was published, send it again."),
             Error::Store(StoreError::TooOld(_)) => f.write_str("The bus needs memcached 1.6.10 or later."),
             Error::Store(StoreError::Full(_)) => {

@@ -1,7 +1,5 @@
 //! From a request's variables and body to a response: routes, parameters, origins, headers.
 //!
-//! CGI hands over its environment, FastCGI its parameters; both come through [`answer`].
-//!
 //! What keeps a bus safe, each point with its test in `tests/`:
 //! 1. argv is never looked at under a web server (CVE-2012-1823, CVE-2024-4577).
 //! 2. Only variables named in this crate are read; a request header can set none but its own `HTTP_...` (CVE-2016-5385).
@@ -157,13 +155,14 @@ fn failure(bus: &[u8], error: &Error) -> Response {
         _ => {}
     }
     let line = format!("{}: {code}: {}", String::from_utf8_lossy(bus), error.cause());
-    response.log = Some(format!("shortbus: {}", line.chars().map(printable).collect::<String>()));
+    response.log = Some(format!("shortbus: {}", line.chars().flat_map(printable).collect::<String>()));
     response
 }
 
-/// A log line stays one line, and a terminal that shows it is not told to do anything.
-fn printable(char: char) -> char {
-    if char.is_control() { '\u{fffd}' } else { char }
+/// A log line stays one line, reads from left to right, and tells a terminal that shows it nothing to do.
+fn printable(char: char) -> impl Iterator<Item = char> {
+    let plain = char.is_ascii_graphic() || char == ' ';
+    plain.then_some(char).into_iter().chain((!plain).then(|| char.escape_debug()).into_iter().flatten())
 }
 
 /// A query parameter by the WHATWG's rules (`application/x-www-form-urlencoded`): an id, or nothing.

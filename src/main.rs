@@ -21,10 +21,9 @@ extern "C" fn main() -> i32 {
         return 0;
     }
     let (code, text) = cli::run(&argv0, &arguments.collect::<Vec<_>>());
-    let _ = if code == 2 {
-        std::io::stderr().write_all(text.as_bytes())
-    } else {
-        std::io::stdout().write_all(text.as_bytes())
+    let written = match code {
+        2 => std::io::stderr().write_all(text.as_bytes()),
+        _ => std::io::stdout().write_all(text.as_bytes()),
     };
-    code
+    if written.is_err() { 1 } else { code }
 }

@@ -34,7 +34,7 @@ impl Memcached {
             _ => servers[Rendezvous::new().route(bus, servers)].clone(),
         };
         let started = Instant::now();
-        let socket = connect(&server).map_err(|error| at(&server, Error::Io(error)))?;
+        let socket = connect(&server, started).map_err(|error| at(&server, Error::Io(error)))?;
         // The crate speaks over a TcpStream; to read, write and time-outs a connected unix socket is the same.
         let connection = MetaConnection::from_stream(TcpStream::from(OwnedFd::from(socket)));
         Ok(Memcached { connection, server, prefix: key_prefix(bus), started })
@@ -51,7 +51,7 @@ impl Memcached {
     /// As [`Store::run`].
     pub fn version(&self) -> Result<String, StoreError> {
         let ask = || -> io::Result<String> {
-            let mut socket = connect(&self.server)?;
+            let mut socket = connect(&self.server, Instant::now())?;
             socket.set_read_timeout(Some(limits::STORE_DEADLINE))?;
             socket.write_all(b"version\r\n")?;
             let mut line = String::new();
@@ -80,8 +80,7 @@ impl Memcached {
 
 impl Store for Memcached {
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError> {
-        let left = limits::STORE_DEADLINE.saturating_sub(self.started.elapsed());
-        self.connection.set_io_timeout(Some(left));
+        self.connection.set_io_timeout(Some(left(self.started)));
         let commands: Vec<MetaCommand> = batch.iter().map(|op| self.command(op)).collect();
         let responses = self.connection.execute_batch(&commands).map_err(|error| at(&self.server, error))?;
         let replies = batch.iter().zip(responses).map(|(op, response)| reply(op, response));
@@ -102,20 +101,24 @@ impl Store for Memcached {
     }
 }
 
-/// Connects within [`limits::STORE_DEADLINE`]. SO_SNDTIMEO bounds connect(2) for both kinds of socket; without it
-/// a memcached that accepts no more holds every request that comes to a unix socket for ever.
-fn connect(server: &str) -> io::Result<Socket> {
+/// What is left of [`limits::STORE_DEADLINE`].
+fn left(started: Instant) -> Duration {
+    limits::STORE_DEADLINE.saturating_sub(started.elapsed())
+}
+
+/// Connects, looking the name up first where it is one. SO_SNDTIMEO bounds connect(2) for both kinds of socket;
+/// without it a memcached that accepts no more holds every request that comes to a unix socket for ever.
+fn connect(server: &str, started: Instant) -> io::Result<Socket> {
     if server.starts_with('/') {
-        return dial(Domain::UNIX, &SockAddr::unix(server)?, limits::STORE_DEADLINE);
+        return dial(Domain::UNIX, &SockAddr::unix(server)?, left(started));
     }
     let addresses = match server.parse() {
         Ok(address) => vec![address],
-        Err(_) => resolve(server)?,
+        Err(_) => resolve(server, left(started))?,
     };
     let mut result = Err(io::ErrorKind::AddrNotAvailable.into());
-    for address in &addresses {
-        let share = limits::STORE_DEADLINE / addresses.len() as u32;
-        result = dial(Domain::for_address(*address), &SockAddr::from(*address), share);
+    for (address, more) in addresses.iter().zip((1..=addresses.len() as u32).rev()) {
+        result = dial(Domain::for_address(*address), &SockAddr::from(*address), left(started) / more);
         if let Ok(socket) = &result {
             // Without it the end of a large message waits for a delayed acknowledgement, 40 ms.
             socket.set_tcp_nodelay(true)?;
@@ -127,17 +130,18 @@ fn connect(server: &str) -> io::Result<Socket> {
 
 /// Looks a host name up. On a thread, the only way to bound the resolver: it would wait ten seconds and more for a
 /// silent name server. Nobody waits for the thread; it ends with the process.
-fn resolve(server: &str) -> io::Result<Vec<SocketAddr>> {
+fn resolve(server: &str, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
     let (sender, receiver) = mpsc::channel();
     let name = server.to_owned();
     std::thread::Builder::new().spawn(move || sender.send(name.to_socket_addrs().map(Iterator::collect)))?;
     let late = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "host name lookup timed out"));
-    receiver.recv_timeout(limits::STORE_DEADLINE).unwrap_or_else(late)
+    receiver.recv_timeout(timeout).unwrap_or_else(late)
 }
 
 fn dial(domain: Domain, address: &SockAddr, timeout: Duration) -> io::Result<Socket> {
     let socket = Socket::new(domain, Type::STREAM, None)?;
-    socket.set_write_timeout(Some(timeout))?;
+    // Zero would mean "for ever".
+    socket.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
     socket.connect(address).map_err(|error| match error.raw_os_error() {
         // What connect(2) answers when SO_SNDTIMEO has passed, for TCP and for unix sockets.
         Some(EINPROGRESS | EAGAIN) => io::Error::new(io::ErrorKind::TimedOut, "connect timed out"),

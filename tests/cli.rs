@@ -87,7 +87,7 @@ fn a_check_shows_each_setting_and_where_it_comes_from_and_touches_no_message() {
 fn a_check_that_fails_says_why_and_ends_with_1() {
     let mut site = site();
     for (settings, word) in [
-        (&[("SHORTBUS_TTL", "0")][..], "SHORTBUS_TTL is '0'"),
+        (&[("SHORTBUS_TTL", "0")][..], "(it is '0')"),
         (&[("SHORTBUS_MEMCACHED", "/nowhere")], "cannot reach memcached"),
         (&[("SHORTBUS_MEMCACHED", "127.0.0.1:1")], "cannot reach memcached"),
     ] {

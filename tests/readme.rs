@@ -1,0 +1,95 @@
+//! What README says is so.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use common::{Front, Site, executable};
+
+fn file(name: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
+}
+
+/// The indented lines that follow a line with this text.
+fn block(after: &str) -> String {
+    let readme = file("README.md");
+    let (_, rest) = readme.split_once(after).unwrap_or_else(|| panic!("README has no {after:?}"));
+    let lines = rest.lines().skip(1).skip_while(|line| line.is_empty());
+    lines.take_while(|line| line.starts_with("    ")).map(|line| format!("{}\n", line.trim_start())).collect()
+}
+
+#[test]
+fn its_curl_lines_work_as_written() {
+    let site = Site::start(Front::ApacheCgid);
+    site.copy("chat");
+    let lines = block("From a terminal (").replace("http://localhost/", &site.url());
+    assert_eq!(lines.lines().count(), 4, "{lines}");
+    let output = Command::new("sh").args(["-ec", &lines.replace("curl", "curl -sS")]).output().unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{printed}");
+    let id = site.join("chat").1;
+    assert!(printed.contains(&format!("{{\"user\":1,\"id\":{id}}}")), "{printed}");
+    assert!(printed.contains(&format!("Shortbus-Last-Id: {id}\r\n")), "{printed}");
+    assert!(printed.ends_with(&format!("[{{\"id\":{id},\"user\":1,\"data\":{{\"move\": \"e4\"}}}}]\n")), "{printed}");
+}
+
+#[test]
+fn it_lists_every_error_with_its_status() {
+    let source = file("src/error.rs");
+    let in_source: BTreeSet<(String, String)> = (source.split("=> (").skip(1))
+        .filter_map(|rest| rest.split_once(')')?.0.split_once(", \""))
+        .map(|(status, code)| (status.into(), code.trim_end_matches('"').into()))
+        .collect();
+    let readme = file("README.md");
+    let in_readme: BTreeSet<(String, String)> = (readme.lines())
+        .filter_map(|line| {
+            let mut cells = line.strip_prefix("| ")?.split(" | ");
+            let status = cells.next().filter(|status| status.parse::<u16>().is_ok())?;
+            Some((status.to_owned(), cells.next()?.to_owned()))
+        })
+        .flat_map(|(status, codes)| {
+            let codes: Vec<String> = codes.split(", ").map(|code| code.trim_matches('`').into()).collect();
+            codes.into_iter().map(move |code| (status.clone(), code))
+        })
+        .collect();
+    assert!(in_source.len() > 15, "{in_source:?}");
+    assert_eq!(in_readme, in_source);
+}
+
+#[test]
+fn readme_help_and_examples_name_the_same_settings() {
+    let help = String::from_utf8(Command::new(executable()).env_clear().output().unwrap().stdout).unwrap();
+    let names = |text: &str| -> BTreeSet<String> {
+        let words = text.split(|char: char| !char.is_ascii_uppercase() && char != '_');
+        words.filter(|word| word.starts_with("SHORTBUS_") && !word.contains("KEEP")).map(String::from).collect()
+    };
+    let source = names(&file("src/config.rs"));
+    assert_eq!(source.len(), 5, "{source:?}");
+    assert_eq!(names(&file("README.md")), source);
+    assert_eq!(names(&help), source);
+    for example in ["apache-example.conf", "nginx-example.conf"] {
+        let names = names(&file(example));
+        assert_eq!(names.difference(&source).filter(|name| *name != "SHORTBUS_CGI_BIN").count(), 0, "{example}");
+        assert!(names.is_superset(&source), "{example}: {names:?}");
+    }
+}
+
+#[test]
+fn its_limits_are_the_sources() {
+    let readme = file("README.md");
+    use shortbus::limits::*;
+    for text in [
+        format!("| `SHORTBUS_TTL` | {TTL_DEFAULT} | seconds a message lives, 1 to {TTL_MAX};"),
+        format!("| `SHORTBUS_MAX_BYTES` | {BYTES_DEFAULT} | largest message body, 1 to {BYTES_MAX} |"),
+        format!("nested at most {DEPTH_MAX} levels"),
+        format!("then the {WINDOW} slots after the cursor"),
+    ] {
+        assert!(readme.contains(&text), "{text}");
+    }
+    assert!(
+        readme.contains("at most 1,000 messages and about 1 MiB") && (REPLY_MESSAGES, REPLY_BYTES) == (1_000, 1 << 20)
+    );
+}
