@@ -47,7 +47,9 @@ pub async fn publish(store: &mut impl Store, user: u64, data: &[u8], ttl: u32) -
     let mut known: Option<(Duration, Counter)> = None;
     for attempt in 1..=limits::TRIES {
         if attempt > 2 {
+            // What was known before the pause is old by now.
             store.pause(limits::BACK_OFF * attempt).await;
+            known = None;
         }
         let last = match known {
             Some((read_at, last)) if store.now() - read_at < stale => last,
@@ -64,20 +66,20 @@ pub async fn publish(store: &mut impl Store, user: u64, data: &[u8], ttl: u32) -
         let sent_at = store.now();
         // Add before advance: `last` must never name a slot that is not there. Whoever finds the slot taken
         // advances for its owner, who may have died.
-        let claim = [Op::Last, Op::Add { id, value: &value, ttl }, Op::Advance(last.cas), Op::Last];
+        let claim = [Op::Last, Op::Add { id, value: &value, ttl }, Op::Advance(last.cas), Op::Last, Op::Last];
         let replies = store.run(&claim).await.map_err(|error| match error {
-            StoreError::Full(_) => Error::Store(error),
+            StoreError::Full(_) | StoreError::Late(_) => Error::Store(error),
             _ => Error::OutcomeUnknown(error.to_string()),
         })?;
         match &replies[..] {
-            [_, Reply::Stored, Reply::Stored, _] => return Ok(id),
+            [_, Reply::Stored, Reply::Stored, ..] => return Ok(id),
             // Another moved `last`: for us, if it had not moved when our message was stored.
-            [Reply::Counter(before), Reply::Stored, Reply::Taken, _] if before.cas == last.cas => return Ok(id),
+            [Reply::Counter(before), Reply::Stored, Reply::Taken, ..] if before.cas == last.cas => return Ok(id),
             // Else polls have passed this slot already, and what it held has expired since: some won't hear us.
-            [_, Reply::Stored, Reply::Taken, _] => {
+            [_, Reply::Stored, Reply::Taken, ..] => {
                 return Err(Error::OutcomeUnknown(format!("slot {id} was published before, and has expired since")));
             }
-            [_, Reply::Taken, _, Reply::Counter(counter)] => known = Some((sent_at, *counter)),
+            [_, Reply::Taken, _, twice @ ..] => known = steady(twice).map(|counter| (sent_at, counter)),
             // The counter was lost meanwhile: no poll will ever look at this slot.
             _ => known = None,
         }
@@ -124,14 +126,29 @@ pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Re
 
 /// Reads `last`, creating it first where there is none.
 async fn read_last(store: &mut impl Store) -> Result<Counter, StoreError> {
-    if let [Reply::Counter(counter)] = store.run(&[Op::Last]).await?[..] {
-        return Ok(counter);
+    for _ in 0..limits::TRIES {
+        let replies = store.run(&[Op::Last, Op::Last]).await?;
+        if let Some(counter) = steady(&replies) {
+            return Ok(counter);
+        }
+        if replies[1] == Reply::Missing {
+            // The time, so that ids go on rising when memcached restarts and every client's cursor stays good.
+            let start = store.unix_micros();
+            store.run(&[Op::Create(start)]).await?;
+        }
     }
-    // The time, so that ids go on rising when memcached restarts and every client's cursor stays good.
-    let start = store.unix_micros();
-    match store.run(&[Op::Create(start), Op::Last]).await?[..] {
-        [_, Reply::Counter(counter)] => Ok(counter),
-        _ => Err(StoreError::Broken("the counter was gone as soon as it was written".into())),
+    Err(StoreError::Broken("the counter is never the same twice".into()))
+}
+
+/// `last` as two reads, one right after the other, agree on it.
+///
+/// One alone may be torn: memcached's incr, when another is just reading the item, writes its new token onto the
+/// old value (`do_add_delta`: "Overwrite the older item's CAS"). With such a token we would advance `last` past a
+/// slot that nobody has claimed.
+fn steady(replies: &[Reply]) -> Option<Counter> {
+    match replies {
+        [Reply::Counter(one), Reply::Counter(two)] if one == two => Some(*one),
+        _ => None,
     }
 }
 

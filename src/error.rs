@@ -70,7 +70,7 @@ impl Error {
             Error::Busy => (503, "busy"),
             Error::OutcomeUnknown(_) => (503, "outcome_unknown"),
             Error::Store(StoreError::Unreachable(_)) => (503, "memcached_unreachable"),
-            Error::Store(StoreError::Timeout(_)) => (503, "memcached_timeout"),
+            Error::Store(StoreError::Timeout(_) | StoreError::Late(_)) => (503, "memcached_timeout"),
             Error::Store(StoreError::TooOld(_)) => (503, "memcached_too_old"),
             Error::Store(StoreError::Full(_)) => (503, "memcached_full"),
             Error::Store(StoreError::Broken(_)) => (503, "memcached_broken"),
@@ -131,6 +131,7 @@ impl fmt::Display for StoreError {
         match self {
             StoreError::Unreachable(cause) => write!(f, "cannot reach memcached: {cause}"),
             StoreError::Timeout(cause) => write!(f, "memcached does not answer in time: {cause}"),
+            StoreError::Late(cause) => write!(f, "no time left to ask memcached: {cause}"),
             StoreError::TooOld(cause) => write!(f, "memcached is older than 1.6.10, no meta commands: {cause}"),
             StoreError::Full(cause) => write!(f, "memcached will not store the message: {cause}"),
             StoreError::Broken(cause) => write!(f, "memcached does not answer as memcached: {cause}"),

@@ -39,8 +39,9 @@ pub const STALE: Duration = Duration::from_secs(2);
 /// Tries to claim a slot before a publish gives up as `busy`. 64 simultaneous publishers need about five.
 pub const TRIES: u32 = 64;
 
-/// Bounds of the random pause before try number `n` (from the third): half to one times this, times `n`.
-pub const BACK_OFF: Duration = Duration::from_micros(50);
+/// Bounds of the random pause before try number `n` (from the third): half to one times this, times `n`. Shorter
+/// ones make 64 publishers refuse each other (`make bench`).
+pub const BACK_OFF: Duration = Duration::from_micros(500);
 
 /// Slots a poll reads in the same write as `last`: enough for most polls to need one round trip.
 pub const WINDOW: u64 = 16;

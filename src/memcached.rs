@@ -80,7 +80,11 @@ impl Memcached {
 
 impl Store for Memcached {
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError> {
-        self.connection.set_io_timeout(Some(left(self.started)));
+        let left = left(self.started);
+        if left.is_zero() {
+            return Err(StoreError::Late(self.server.clone()));
+        }
+        self.connection.set_io_timeout(Some(left));
         let commands: Vec<MetaCommand> = batch.iter().map(|op| self.command(op)).collect();
         let responses = self.connection.execute_batch(&commands).map_err(|error| at(&self.server, error))?;
         let replies = batch.iter().zip(responses).map(|(op, response)| reply(op, response));

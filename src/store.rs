@@ -7,7 +7,8 @@ use std::time::Duration;
 /// One operation on a bus's keys: the counter `last`, and a slot per message id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op<'a> {
-    /// Read `last` with its CAS token: [`Reply::Counter`] or [`Reply::Missing`].
+    /// Read `last` with its CAS token: [`Reply::Counter`] or [`Reply::Missing`]. Where it is written at the same
+    /// moment, memcached may answer with the old value and the new token.
     Last,
     /// Create `last` with this value unless it exists; it never expires: [`Reply::Stored`] or [`Reply::Taken`].
     Create(u64),
@@ -53,13 +54,15 @@ pub struct Counter {
     pub cas: u64,
 }
 
-/// Why memcached could not be used. None of them says whether a write was carried out, but `Full`: it was not.
+/// Why memcached could not be used. Whether a write was carried out is unknown, but with `Full` and `Late`: it was not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreError {
     /// Nothing listens, or the name does not resolve.
     Unreachable(String),
     /// No answer within [`crate::limits::STORE_DEADLINE`].
     Timeout(String),
+    /// The time was over before anything was sent.
+    Late(String),
     /// It does not know the meta commands of 1.6.10.
     TooOld(String),
     /// It would not store the value: out of memory, or an item limit below the default.

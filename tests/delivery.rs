@@ -4,7 +4,9 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
@@ -12,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{Front, Site};
+use common::{Front, Memcached, Site};
 
 const PUBLISHERS: usize = 16;
 const POLLERS: usize = 8;
@@ -139,4 +141,60 @@ fn every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
     for (id, text) in &acknowledged {
         assert_eq!(by_id.get(id), Some(text), "acknowledged as {id}");
     }
+}
+
+/// memcached's incr hands the new token to one who is just reading the old value. Two reads that agree are true.
+#[test]
+fn a_counter_that_reads_twice_the_same_is_not_torn() {
+    let memcached = Memcached::start(&[]);
+    memcached.ask("ms last 2\r\n10\r\n");
+    let read = |line: &mut String, reader: &mut BufReader<UnixStream>| -> (u64, u64) {
+        line.clear();
+        reader.read_line(line).unwrap();
+        let token = line.trim_end().rsplit_once(" c").expect("VA <length> c<token>").1.parse().unwrap();
+        line.clear();
+        reader.read_line(line).unwrap();
+        (line.trim_end().parse().unwrap(), token)
+    };
+    // Every increment adds one to the value and one to the token: what lies between them stays.
+    let apart = |(value, token): (u64, u64)| value.wrapping_sub(token);
+    let connect = || UnixStream::connect(&memcached.address).unwrap();
+    let over = AtomicBool::new(false);
+    let (torn, agreed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut stream = connect();
+                let mut answers = [0; 4];
+                while !over.load(Ordering::Relaxed) {
+                    stream.write_all(b"ma last\r\n").unwrap();
+                    stream.read_exact(&mut answers).unwrap();
+                }
+            });
+        }
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut stream = connect();
+                    let mut reader = BufReader::new(stream.try_clone().unwrap());
+                    let mut line = String::new();
+                    let mut truth = None;
+                    for _ in 0..100_000 {
+                        stream.write_all(b"mg last v c\r\nmg last v c\r\n").unwrap();
+                        let (one, two) = (read(&mut line, &mut reader), read(&mut line, &mut reader));
+                        if one == two {
+                            agreed.fetch_add(1, Ordering::Relaxed);
+                            assert_eq!(apart(one), *truth.get_or_insert(apart(one)), "torn twice in the same way");
+                        }
+                        torn.fetch_add(usize::from(truth.is_some_and(|truth| apart(one) != truth)), Ordering::Relaxed);
+                    }
+                    truth
+                })
+            })
+            .collect();
+        let truths: Vec<Option<u64>> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
+        over.store(true, Ordering::Relaxed);
+        assert!(truths[0].is_some() && truths[0] == truths[1], "{truths:?}");
+    });
+    println!("{} of 200000 single reads torn, {} pairs agree", torn.into_inner(), agreed.into_inner());
 }
