@@ -124,8 +124,10 @@ fn a_publish_whose_end_is_unknown_says_so(front: Front) {
     fn read_claim(stream: UnixStream) -> (UnixStream, BufReader<UnixStream>) {
         let mut writer = stream.try_clone().unwrap();
         let mut reader = BufReader::new(stream);
-        reader.read_line(&mut String::new()).unwrap();
-        writer.write_all(b"VA 16 c7\r\n1700000000000000\r\n").unwrap();
+        for _ in 0..2 {
+            reader.read_line(&mut String::new()).unwrap();
+            writer.write_all(b"VA 16 c7\r\n1700000000000000\r\n").unwrap();
+        }
         reader.read_line(&mut String::new()).unwrap();
         (writer, reader)
     }
