@@ -29,8 +29,8 @@ pub enum Error {
     Origin(String),
     /// PATH_INFO names nothing.
     Path(String),
-    /// Neither GET, HEAD, POST nor OPTIONS.
-    Method(String),
+    /// A method that is not among those allowed here, which are listed.
+    Method(String, &'static str),
     /// The body is longer than `SHORTBUS_MAX_BYTES`.
     TooLarge {
         /// `SHORTBUS_MAX_BYTES`.
@@ -64,7 +64,7 @@ impl Error {
             Error::TooDeep => (400, "too_deep"),
             Error::Origin(_) => (403, "foreign_origin"),
             Error::Path(_) => (404, "unknown_path"),
-            Error::Method(_) => (405, "bad_method"),
+            Error::Method(..) => (405, "bad_method"),
             Error::TooLarge { .. } => (413, "too_large"),
             Error::Setting(..) => (500, "bad_setting"),
             Error::Busy => (503, "busy"),
@@ -85,7 +85,7 @@ impl Error {
             Error::Setting(_, value, _) => format!("{self} (it is '{value}')"),
             Error::Origin(origin) => format!("{self} (Origin: {origin})"),
             Error::Path(path) => format!("{self} (PATH_INFO: {path})"),
-            Error::Method(method) => format!("{self} (REQUEST_METHOD: {method})"),
+            Error::Method(method, _) => format!("{self} (REQUEST_METHOD: {method})"),
             other => other.to_string(),
         }
     }
@@ -108,7 +108,7 @@ impl fmt::Display for Error {
                 "Pages of this origin may not use this bus; to allow them, name the origin in SHORTBUS_ALLOW_ORIGIN.",
             ),
             Error::Path(_) => f.write_str("There is nothing at this path; the bus is the URL that ends with its name."),
-            Error::Method(_) => f.write_str("Use GET to join and poll, POST to publish."),
+            Error::Method(_, allowed) => write!(f, "Use one of {allowed}: GET joins, polls and fetches, POST publishes."),
             Error::TooLarge { limit } => {
                 write!(f, "The body is longer than the {limit} bytes this bus takes; SHORTBUS_MAX_BYTES sets that.")
             }

@@ -20,6 +20,7 @@ use url::form_urlencoded;
 use crate::bus;
 use crate::config::{Config, Vars, whole_number};
 use crate::error::Error;
+use crate::files::{self, File};
 use crate::limits;
 use crate::message;
 use crate::store::{Store, StoreError};
@@ -37,8 +38,17 @@ pub struct Response {
 }
 
 impl Response {
+    fn new(status: u16, media_type: &str, cache: &str, body: impl Into<Vec<u8>>) -> Response {
+        let mut response = Response { status, headers: String::with_capacity(256), body: body.into(), log: None };
+        if !media_type.is_empty() {
+            response.header("Content-Type", media_type);
+        }
+        response.header("Cache-Control", cache);
+        response
+    }
+
     fn json(body: impl Into<Vec<u8>>) -> Response {
-        Response { status: 200, headers: "Content-Type: application/json\r\n".into(), body: body.into(), log: None }
+        Response::new(200, "application/json", "no-store", body)
     }
 
     fn header(&mut self, name: &str, value: impl std::fmt::Display) {
@@ -53,6 +63,7 @@ impl Response {
         let reason = match self.status {
             200 => "OK",
             204 => "No Content",
+            304 => "Not Modified",
             400 => "Bad Request",
             403 => "Forbidden",
             404 => "Not Found",
@@ -67,8 +78,8 @@ impl Response {
             out.extend_from_slice(format!("HTTP/1.1 {status} {reason}\r\nConnection: close\r\n").as_bytes());
         }
         out.extend_from_slice(format!("Status: {status} {reason}\r\n{}", self.headers).as_bytes());
-        out.extend_from_slice(b"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n");
-        if self.status != 204 {
+        out.extend_from_slice(b"X-Content-Type-Options: nosniff\r\n");
+        if ![204, 304].contains(&self.status) {
             out.extend_from_slice(format!("Content-Length: {}\r\n", self.body.len()).as_bytes());
         }
         out.extend_from_slice(b"\r\n");
@@ -104,10 +115,14 @@ async fn route<S: Store>(
     open: impl FnOnce(&Config) -> Result<S, StoreError>,
 ) -> Result<Response, Error> {
     let path = vars("PATH_INFO").unwrap_or_default();
-    if !path.is_empty() {
-        return Err(Error::Path(String::from_utf8_lossy(&path).into_owned()));
-    }
     let method = vars("REQUEST_METHOD").unwrap_or_default();
+    if !path.is_empty() {
+        let file = files::find(&path).ok_or_else(|| Error::Path(String::from_utf8_lossy(&path).into_owned()))?;
+        return match &method[..] {
+            b"GET" | b"HEAD" => Ok(serve(file, &vars("HTTP_IF_NONE_MATCH").unwrap_or_default())),
+            other => Err(Error::Method(String::from_utf8_lossy(other).into_owned(), "GET, HEAD")),
+        };
+    }
     let query = vars("QUERY_STRING").unwrap_or_default();
     match &method[..] {
         b"GET" | b"HEAD" => match (parameter(&query, "user")?, parameter(&query, "id")?) {
@@ -136,12 +151,30 @@ async fn route<S: Store>(
         }
         b"OPTIONS" => {
             check_origin(vars, config)?;
-            let mut response = Response { status: 204, headers: String::new(), body: Vec::new(), log: None };
+            let mut response = Response::new(204, "", "no-store", "");
             response.header("Allow", METHODS);
             Ok(response)
         }
-        other => Err(Error::Method(String::from_utf8_lossy(other).into_owned())),
+        other => Err(Error::Method(String::from_utf8_lossy(other).into_owned(), METHODS)),
     }
+}
+
+/// A file of our own, or 304 where the browser has it already. Kept, but asked for each time: `no-cache`.
+fn serve(file: &File, if_none_match: &[u8]) -> Response {
+    let tag = format!("\"{:032x}\"", file.tag);
+    // Weak comparison (RFC 9110 section 13.1.2), and a compressing server may have put something behind the tag.
+    let known = String::from_utf8_lossy(if_none_match).contains(&tag[..tag.len() - 1]);
+    let mut response = match known {
+        true => Response::new(304, "", "no-cache", ""),
+        false => Response::new(200, file.media_type, "no-cache", file.body),
+    };
+    response.header("ETag", tag);
+    // For the page: nothing but what comes from here, and nothing inline.
+    response.header(
+        "Content-Security-Policy",
+        "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+    );
+    response
 }
 
 fn failure(bus: &[u8], error: &Error) -> Response {
@@ -149,9 +182,9 @@ fn failure(bus: &[u8], error: &Error) -> Response {
     let message = serde_json::Value::from(error.to_string());
     let mut response = Response::json(format!("{{\"error\":\"{code}\",\"message\":{message}}}"));
     response.status = status;
-    match status {
-        405 => response.header("Allow", METHODS),
-        503 => response.header("Retry-After", limits::RETRY_AFTER),
+    match error {
+        Error::Method(_, allowed) => response.header("Allow", allowed),
+        _ if status == 503 => response.header("Retry-After", limits::RETRY_AFTER),
         _ => {}
     }
     let line = format!("{}: {code}: {}", String::from_utf8_lossy(bus), error.cause());

@@ -4,6 +4,7 @@
 //! - `main` chooses: a request, or a person at a terminal ([`cli`]);
 //! - [`cgi`] takes the request from the environment and stdin, and writes the response to stdout, at once;
 //! - [`config`] reads the settings, [`http`] checks the request and routes it;
+//! - [`files`] are the browser client and the page;
 //! - [`message`] checks what is published;
 //! - [`bus`] is the delivery protocol, the heart of it: join, publish, poll, over the operations of [`store`];
 //! - [`memcached`] carries them out, each batch in one write;
@@ -16,6 +17,8 @@ pub mod cgi;
 pub mod cli;
 pub mod config;
 pub mod error;
+pub mod files;
+pub mod hash;
 pub mod http;
 pub mod limits;
 pub mod memcached;

@@ -15,6 +15,7 @@ struct Demo {
     /// Kept open: what it prints at its end must go somewhere.
     _stdout: BufReader<ChildStdout>,
     address: String,
+    printed: String,
     /// The lines to paste.
     lines: String,
 }
@@ -30,10 +31,11 @@ impl Demo {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut lines = String::new();
+        let (mut printed, mut lines) = (String::new(), String::new());
         let mut address = String::new();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         for line in stdout.by_ref().lines().map(Result::unwrap) {
+            printed.push_str(&format!("{line}\n"));
             if let Some(bus) = line.trim_start().strip_prefix("BUS=http://") {
                 address = bus.split('/').next().unwrap().into();
             }
@@ -45,7 +47,7 @@ impl Demo {
                 break;
             }
         }
-        Demo { child, _stdout: stdout, address, lines }
+        Demo { child, _stdout: stdout, address, printed, lines }
     }
 
     fn folder(&self) -> Option<PathBuf> {
@@ -76,6 +78,10 @@ fn two_demos_at_once_each_let_two_users_talk_and_leave_nothing_behind() {
     let demos = [Demo::start(), Demo::start()];
     assert_ne!(demos[0].address, demos[1].address);
     for demo in &demos {
+        assert!(demo.printed.contains(&format!("Open http://{}/cgi-bin/chat/ in a browser", demo.address)));
+        let page =
+            Command::new("curl").args(["-sS", &format!("http://{}/cgi-bin/chat/", demo.address)]).output().unwrap();
+        assert!(String::from_utf8_lossy(&page.stdout).contains("</html>"));
         let pasted = Command::new("sh").args(["-c", &demo.lines]).output().unwrap();
         let printed = String::from_utf8(pasted.stdout).unwrap();
         let replies: Vec<serde_json::Value> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

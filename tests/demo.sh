@@ -107,8 +107,8 @@ curl --noproxy '*' -sSfo /dev/null "$bus" || fail "the bus does not answer:"
 
 cat <<LINES
 
-A bus is at $bus until you press Ctrl-C here.
-Two users talk on it when you paste these lines into another terminal:
+Open $bus/ in a browser: a page to try the bus on, until you press Ctrl-C here.
+Or paste these lines into another terminal, and two users talk on it:
 
     BUS=$bus
     ID=\$(curl -s "\$BUS" | sed 's/.*"id":\\([0-9]*\\).*/\\1/')

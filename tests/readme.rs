@@ -93,3 +93,9 @@ fn its_limits_are_the_sources() {
         readme.contains("at most 1,000 messages and about 1 MiB") && (REPLY_MESSAGES, REPLY_BYTES) == (1_000, 1 << 20)
     );
 }
+
+#[test]
+fn its_client_is_as_small_as_it_says() {
+    let bytes = shortbus::files::find(b"/shortbus.js").unwrap().body.len();
+    assert!(file("README.md").contains(&format!("It is {bytes} bytes as it stands")), "{bytes}");
+}

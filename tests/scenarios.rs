@@ -37,6 +37,7 @@ on_four_fronts! {
     bodies_get_the_documented_answer
     parameters_get_the_documented_answer
     methods_and_paths_get_the_documented_answer
+    the_client_and_the_page_come_with_the_bus
     nothing_reaches_the_command_line
     no_header_becomes_a_setting
     memcached_over_tcp_works_as_over_a_unix_socket
@@ -716,6 +717,54 @@ fn methods_and_paths_get_the_documented_answer(front: Front) {
         assert_outcome(&site.post(&format!("chat{path}?user=1"), "1"), 404, "unknown_path");
     }
     assert_eq!(site.get("chat").status, 200);
+}
+
+fn the_client_and_the_page_come_with_the_bus(front: Front) {
+    // They need no memcached.
+    let site = Site::with(
+        front,
+        &[("chat", &[("SHORTBUS_MEMCACHED", "/nowhere"), ("SHORTBUS_ALLOW_ORIGIN", "https://a.example")])],
+    );
+    let files = [
+        ("/", "text/html; charset=utf-8", "<!doctype html>"),
+        ("/page.css", "text/css; charset=utf-8", "{"),
+        ("/page.js", "text/javascript; charset=utf-8", "import "),
+        ("/shortbus.js", "text/javascript; charset=utf-8", "globalThis.MessageBus = MessageBus"),
+        ("/shortbus.mjs", "text/javascript; charset=utf-8", "export { MessageBus"),
+        ("/shortbus.d.ts", "text/plain; charset=utf-8", "export class MessageBus"),
+    ];
+    let mut tags = std::collections::HashSet::new();
+    for (path, media_type, part) in files {
+        let target = format!("chat{path}");
+        let reply = site.get(&target);
+        assert_eq!((reply.status, reply.header("content-type")), (200, Some(media_type)), "{path}");
+        assert!(reply.text().to_lowercase().contains(&part.to_lowercase()), "{path}");
+        assert_eq!(reply.header("cache-control"), Some("no-cache"));
+        assert_eq!(reply.header("x-content-type-options"), Some("nosniff"));
+        assert!(reply.header("content-security-policy").unwrap().starts_with("default-src 'self';"));
+        let tag = reply.header("etag").unwrap().to_owned();
+        assert!(tags.insert(tag.clone()), "{path}: a tag of its own");
+        for known in [&tag[..], &format!("W/{tag}"), &format!("\"other\", {tag}")] {
+            let again = site.request("GET", &target, &[("If-None-Match", known)], b"");
+            assert_eq!((again.status, again.text(), again.header("etag")), (304, "", Some(&tag[..])), "{path} {known}");
+        }
+        let other = site.request("GET", &target, &[("If-None-Match", "\"other\"")], b"");
+        assert_eq!((other.status, &other.body), (200, &reply.body));
+        let head = site.request("HEAD", &target, &[], b"");
+        assert_eq!((head.status, head.text(), head.header("etag")), (200, "", Some(&tag[..])));
+        let cors = site.request("GET", &target, &[("Origin", "https://a.example")], b"");
+        assert_eq!(cors.header("access-control-allow-origin"), Some("https://a.example"));
+        let post = site.post(&format!("{target}?user=1"), "1");
+        assert_outcome(&post, 405, "bad_method");
+        assert_eq!(post.header("allow"), Some("GET, HEAD"));
+    }
+    for path in ["/page", "/shortbus", "/shortbus.js/", "//", "/SHORTBUS.JS"] {
+        // Apache makes one slash of two.
+        if path == "//" && front != Front::Bare {
+            continue;
+        }
+        assert_outcome(&site.get(&format!("chat{path}")), 404, "unknown_path");
+    }
 }
 
 fn nothing_reaches_the_command_line(front: Front) {

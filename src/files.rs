@@ -1,0 +1,52 @@
+//! What a browser gets behind the bus's name: the client, its types, and the page to try the bus on.
+
+use crate::hash::fnv1a_128;
+
+/// A file of the executable's own.
+pub struct File {
+    /// PATH_INFO.
+    path: &'static str,
+    /// Content-Type.
+    pub media_type: &'static str,
+    /// What it holds.
+    pub body: &'static str,
+    /// Its entity tag, the hash of what it holds: a new executable is never met by an old client.
+    pub tag: u128,
+}
+
+const fn file(path: &'static str, media_type: &'static str, body: &'static str) -> File {
+    File { path, media_type, body, tag: fnv1a_128(body.as_bytes()) }
+}
+
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+
+static FILES: [File; 6] = [
+    file("/", "text/html; charset=utf-8", include_str!("page.html")),
+    file("/page.css", "text/css; charset=utf-8", include_str!("page.css")),
+    file("/page.js", SCRIPT, include_str!("page.js")),
+    // One source; what differs is how a script learns where it came from, and how it gives the class away.
+    file(
+        "/shortbus.js",
+        SCRIPT,
+        concat!(
+            "(() => {\nconst HERE = globalThis.document?.currentScript?.src;\n",
+            include_str!("client.js"),
+            "globalThis.MessageBus = MessageBus;\n})();\n"
+        ),
+    ),
+    file(
+        "/shortbus.mjs",
+        SCRIPT,
+        concat!(
+            "const HERE = import.meta.url.startsWith(\"http\") ? import.meta.url : undefined;\n",
+            include_str!("client.js"),
+            "export { MessageBus, MessageBus as default };\n"
+        ),
+    ),
+    file("/shortbus.d.ts", "text/plain; charset=utf-8", include_str!("shortbus.d.ts")),
+];
+
+/// The file at this path behind the bus's name.
+pub fn find(path: &[u8]) -> Option<&'static File> {
+    FILES.iter().find(|file| file.path.as_bytes() == path)
+}

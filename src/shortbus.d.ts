@@ -1,0 +1,93 @@
+/** What JSON can express. */
+export type Json = null | boolean | number | string | Json[] | { [name: string]: Json };
+
+/** Why something failed. */
+export interface BusError extends Error {
+  /** The server's stable code, or `network`, `http`, `not_a_bus`. */
+  readonly code: string;
+  /** The HTTP status; 0 where no server answered. */
+  readonly status: number;
+  /** Seconds after which the server wants to be asked again; 0 where it said none. */
+  readonly retryAfter: number;
+}
+
+export interface BusMessageEvent<T = any> extends MessageEvent<T> {
+  /** The sender. */
+  readonly user: number;
+}
+
+export interface BusErrorEvent extends Event {
+  readonly error: BusError;
+}
+
+export interface MessageBusEventMap<T = any> {
+  /** Joined, or connected again. */
+  open: Event;
+  message: BusMessageEvent<T>;
+  /** A reply was no JSON; `data` is its text. */
+  messageerror: MessageEvent<string>;
+  /** Some messages were gone before this client could read them. */
+  missed: Event;
+  /** A poll or a send failed. Polls go on by themselves. */
+  error: BusErrorEvent;
+  close: Event;
+}
+
+export interface MessageBusOptions {
+  /** Milliseconds between two polls; 500 unless given. */
+  interval?: number;
+  /** Closes the bus, and rejects what has not been sent yet. */
+  signal?: AbortSignal;
+}
+
+export class MessageBus<T = any> extends EventTarget implements AsyncIterable<BusMessageEvent<T>> {
+  /** Without a URL: the bus that this script was loaded from. */
+  constructor(url?: string | URL, options?: MessageBusOptions);
+  constructor(options: MessageBusOptions);
+  /** Calls `ready` once the bus is joined. */
+  constructor(ready: (this: MessageBus<T>, bus: MessageBus<T>) => void, options?: MessageBusOptions);
+
+  /** The last part of the URL. */
+  readonly name: string;
+  readonly url: string;
+  /** This user's id; undefined until the bus is joined. */
+  readonly user: number | undefined;
+  /** All messages up to this id have been passed; undefined until the bus is joined. */
+  readonly lastId: number | undefined;
+  /** Whether the latest poll was answered. */
+  readonly connected: boolean;
+
+  onopen: ((this: this, event: Event) => void) | null;
+  onmessage: ((this: this, event: BusMessageEvent<T>) => void) | null;
+  onmessageerror: ((this: this, event: MessageEvent<string>) => void) | null;
+  onmissed: ((this: this, event: Event) => void) | null;
+  onerror: ((this: this, event: BusErrorEvent) => void) | null;
+  onclose: ((this: this, event: Event) => void) | null;
+
+  /** Sends; where that fails there is an `error` event. */
+  postMessage(data: T): void;
+  /** Sends: a promise of the message's id. */
+  send(data: T): Promise<number>;
+  /** Hears no more. What was given to be sent still leaves. */
+  close(): void;
+
+  addEventListener<K extends keyof MessageBusEventMap<T>>(
+    type: K,
+    listener: (this: this, event: MessageBusEventMap<T>[K]) => void,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  /** The first shortbus's way: gets the bare data of each message. */
+  addEventListener(callback: (data: T) => void): void;
+  addEventListener(type: string, listener: EventListenerOrEventListenerObject | null, options?: boolean | AddEventListenerOptions): void;
+  removeEventListener<K extends keyof MessageBusEventMap<T>>(
+    type: K,
+    listener: (this: this, event: MessageBusEventMap<T>[K]) => void,
+    options?: boolean | EventListenerOptions,
+  ): void;
+  removeEventListener(callback: (data: T) => void): void;
+  removeEventListener(type: string, listener: EventListenerOrEventListenerObject | null, options?: boolean | EventListenerOptions): void;
+
+  [Symbol.asyncIterator](): AsyncIterator<BusMessageEvent<T>>;
+}
+
+export default MessageBus;
