@@ -42,7 +42,7 @@ class MessageBus extends EventTarget {
     if (typeof url !== "string" && !(url instanceof URL)) url = HERE && new URL(".", HERE);
     if (!url) throw new TypeError("MessageBus needs the URL of a bus: this script was not loaded from one");
     const base = globalThis.document?.baseURI ?? globalThis.location?.href;
-    this.#url = new URL(url, base).href.replace(/[?#].*/, "").replace(/\/$/, "");
+    this.#url = new URL(url, base).href.replace(/[?#].*/, "").replace(/\/+$/, "");
     this.#interval = interval;
     if (ready) this.addEventListener("open", () => ready.call(this, this), { once: true });
     for (const type of ["open", "message", "messageerror", "missed", "error", "close"]) this.#handler(type);
