@@ -13,6 +13,7 @@ class BusError extends Error {
   }
 }
 
+const isId = Number.isSafeInteger;
 const randomUser = () => Math.floor(Math.random() * Number.MAX_SAFE_INTEGER);
 
 /** A bus, in the shape of BroadcastChannel. README says what each part does. */
@@ -216,7 +217,8 @@ class MessageBus extends EventTarget {
   }
 
   async #join() {
-    const { user, id } = await this.#json(await this.#request("", { signal: this.#poll.signal }));
+    const reply = await this.#request("", { signal: this.#poll.signal });
+    const { user, id } = await this.#json(reply, (join) => isId(join?.user) && isId(join?.id));
     this.#user ??= user;
     this.#lastId = id;
     this.#opened();
@@ -233,16 +235,22 @@ class MessageBus extends EventTarget {
   async #hear() {
     const query = `?user=${this.#user}&id=${this.#lastId}`;
     const reply = await this.#request(query, { signal: this.#poll.signal });
-    const messages = await this.#json(reply);
+    const messages = await this.#json(reply, (list) => Array.isArray(list) && list.every((message) => isId(message?.id)));
     if (this.#closed) return false;
     this.#opened();
-    if (reply.headers.has("Shortbus-Missed")) this.#fire(new Event("missed"));
+    // Where the counter was lost, ids may be lower than before; else a lower one is an old reply from some cache.
+    const missed = reply.headers.has("Shortbus-Missed");
+    if (missed) this.#fire(new Event("missed"));
+    const passed = missed ? -1 : this.#lastId;
+    const origin = new URL(this.#url).origin;
     for (const { id, user, data } of messages) {
+      if (id <= passed) continue;
       this.#lastId = id;
-      this.#fire(new MessageEvent("message", { data, lastEventId: String(id), origin: new URL(this.#url).origin }), { user });
+      this.#fire(new MessageEvent("message", { data, lastEventId: String(id), origin }), { user });
       if (this.#closed) return false;
     }
-    this.#lastId = Number(reply.headers.get("Shortbus-Last-Id")) || this.#lastId;
+    const last = Number(reply.headers.get("Shortbus-Last-Id"));
+    if (last > 0 && last > (missed ? 0 : this.#lastId)) this.#lastId = last;
     return messages.length >= 100;
   }
 
@@ -270,7 +278,8 @@ class MessageBus extends EventTarget {
     try {
       // Browsers keep 64 KiB of requests alive for a page that is being left.
       const init = { method: "POST", body, keepalive: body.length < 20_000 };
-      resolve((await this.#json(await this.#request(`?user=${this.#user}`, init))).id);
+      const reply = await this.#request(`?user=${this.#user}`, init);
+      resolve((await this.#json(reply, (published) => isId(published?.id))).id);
     } catch (error) {
       reject(error);
       this.#fire(new Event("error"), { error });
@@ -292,15 +301,18 @@ class MessageBus extends EventTarget {
     });
   }
 
-  async #json(reply) {
+  /** What the reply holds, if it looks like a bus's. */
+  async #json(reply, isRight) {
     const text = await reply.text().catch((cause) => {
       throw new BusError("network", `The reply broke off: ${cause.message}`);
     });
+    let json;
     try {
-      return JSON.parse(text);
+      json = JSON.parse(text);
     } catch {
       this.#fire(new MessageEvent("messageerror", { data: text }));
-      throw new BusError("not_a_bus", "What answered is no bus: its reply is not JSON.");
     }
+    if (isRight(json)) return json;
+    throw new BusError("not_a_bus", "What answered is no bus: its reply is not what a bus says.");
   }
 }
