@@ -13,6 +13,9 @@ class BusError extends Error {
   }
 }
 
+const GIVE_UP = 30_000; // milliseconds until a request is given up, and the longest pause after failures
+const KEPT_ALIVE = 60_000; // bytes; browsers keep 64 KiB of a page's requests alive when it is left
+let keptAlive = 0; // bytes under way now, of all buses
 const isId = Number.isSafeInteger;
 const randomUser = () => Math.floor(Math.random() * Number.MAX_SAFE_INTEGER);
 
@@ -27,6 +30,7 @@ class MessageBus extends EventTarget {
   #failures = 0;
   #poll; // aborts the request that polls
   #wake; // ends the pause between two polls
+  #hurry = false; // whether it is time to poll, whatever is under way
   #queue = []; // what is still to be sent, in order
   #sending = false;
   #leaving = false; // the page is being left: there is no later
@@ -37,10 +41,11 @@ class MessageBus extends EventTarget {
   constructor(url, options) {
     super();
     const ready = [url, options].find((argument) => typeof argument === "function");
-    const isOptions = (argument) => argument && typeof argument === "object" && !(argument instanceof URL);
+    const isOptions = (argument) => argument && typeof argument === "object" && !argument.href;
     const { interval = 500, signal } = [options, url].find(isOptions) ?? {};
     if (!(interval >= 0)) throw new RangeError("interval has to be a number of milliseconds");
-    if (typeof url !== "string" && !(url instanceof URL)) url = HERE && new URL(".", HERE);
+    url = url?.href ?? url; // a URL, or a Location
+    if (typeof url !== "string") url = HERE && new URL(".", HERE);
     if (!url) throw new TypeError("MessageBus needs the URL of a bus: this script was not loaded from one");
     const base = globalThis.document?.baseURI ?? globalThis.location?.href;
     this.#url = new URL(url, base).href.replace(/[?#].*/, "").replace(/\/+$/, "");
@@ -136,24 +141,25 @@ class MessageBus extends EventTarget {
   /** The message events from now on, until the bus is closed or the loop is left. */
   [Symbol.asyncIterator]() {
     const heard = [];
+    const waiting = [];
     const end = new AbortController();
     let ended = this.#closed;
-    let wake;
+    const settle = () => {
+      while (waiting.length && (heard.length || ended)) waiting.shift()({ done: !heard.length, value: heard.shift() });
+    };
     const hear = (event) => {
       if (event.type === "close") ended = true;
       else heard.push(event);
-      wake?.();
+      settle();
     };
     for (const type of ["message", "close"]) super.addEventListener(type, hear, { signal: end.signal });
-    const done = { done: true, value: undefined };
     return {
-      async next() {
-        while (!heard.length && !ended) await new Promise((resolve) => (wake = resolve));
-        return heard.length ? { done: false, value: heard.shift() } : done;
-      },
-      async return() {
+      next: () => new Promise((resolve) => settle(waiting.push(resolve))),
+      return: async () => {
         end.abort();
-        return done;
+        ended = true;
+        settle((heard.length = 0));
+        return { done: true, value: undefined };
       },
     };
   }
@@ -180,24 +186,22 @@ class MessageBus extends EventTarget {
   async #run() {
     while (!this.#closed) {
       let pause = this.#interval;
+      this.#hurry = false;
       this.#poll = new AbortController();
-      // A reply that never comes must not keep it from asking again.
-      const timer = setTimeout(() => this.#poll.abort(), 30_000);
       try {
         if (this.#lastId === undefined) await this.#join();
         else if (await this.#hear()) pause = 0;
         this.#failures = 0;
       } catch (error) {
         if (this.#closed) break;
+        if (this.#hurry) continue;
         this.#connected = false;
         this.#fire(new Event("error"), { error });
         // Exponential back-off with full jitter: a thousand pages must not come back all at the same moment.
-        const longest = Math.min(30_000, Math.max(500, this.#interval) * 2 ** this.#failures++);
+        const longest = Math.min(GIVE_UP, Math.max(500, this.#interval) * 2 ** this.#failures++);
         pause = Math.max(Math.random() * longest, (error.retryAfter ?? 0) * 1_000);
-      } finally {
-        clearTimeout(timer);
-        this.#poll = undefined;
       }
+      this.#poll = undefined;
       if (!this.#closed) await this.#pause(pause);
     }
   }
@@ -206,21 +210,24 @@ class MessageBus extends EventTarget {
     let timer;
     await new Promise((resolve) => {
       this.#wake = resolve;
-      timer = setTimeout(resolve, milliseconds);
+      // A timer takes what is longer for nothing.
+      timer = setTimeout(resolve, Math.min(milliseconds, 2 ** 31 - 1));
     });
     clearTimeout(timer);
     this.#wake = undefined;
   }
 
+  /** Whatever is under way may hang on a connection that has gone. */
   #pollNow() {
+    this.#hurry = true;
+    this.#poll?.abort();
     this.#wake?.();
   }
 
   async #join() {
-    const reply = await this.#request("", { signal: this.#poll.signal });
-    const { user, id } = await this.#json(reply, (join) => isId(join?.user) && isId(join?.id));
-    this.#user ??= user;
-    this.#lastId = id;
+    const { json } = await this.#request("", {}, (join) => isId(join?.user) && isId(join?.id), this.#poll);
+    this.#user ??= json.user;
+    this.#lastId = json.id;
     this.#opened();
     this.#drain();
   }
@@ -234,12 +241,12 @@ class MessageBus extends EventTarget {
   /** Polls once; whether there may be more at once. */
   async #hear() {
     const query = `?user=${this.#user}&id=${this.#lastId}`;
-    const reply = await this.#request(query, { signal: this.#poll.signal });
-    const messages = await this.#json(reply, (list) => Array.isArray(list) && list.every((message) => isId(message?.id)));
+    const isPage = (list) => Array.isArray(list) && list.every((message) => isId(message?.id));
+    const { json: messages, headers } = await this.#request(query, {}, isPage, this.#poll);
     if (this.#closed) return false;
     this.#opened();
     // Where the counter was lost, ids may be lower than before; else a lower one is an old reply from some cache.
-    const missed = reply.headers.has("Shortbus-Missed");
+    const missed = headers.has("Shortbus-Missed");
     if (missed) this.#fire(new Event("missed"));
     const passed = missed ? -1 : this.#lastId;
     const origin = new URL(this.#url).origin;
@@ -249,7 +256,7 @@ class MessageBus extends EventTarget {
       this.#fire(new MessageEvent("message", { data, lastEventId: String(id), origin }), { user });
       if (this.#closed) return false;
     }
-    const last = Number(reply.headers.get("Shortbus-Last-Id"));
+    const last = Number(headers.get("Shortbus-Last-Id"));
     if (last > 0 && last > (missed ? 0 : this.#lastId)) this.#lastId = last;
     return messages.length >= 100;
   }
@@ -275,44 +282,45 @@ class MessageBus extends EventTarget {
   }
 
   async #post({ body, resolve, reject }) {
+    const bytes = new TextEncoder().encode(body).length;
+    const keepalive = keptAlive + bytes <= KEPT_ALIVE;
+    if (keepalive) keptAlive += bytes;
     try {
-      // Browsers keep 64 KiB of requests alive for a page that is being left.
-      const init = { method: "POST", body, keepalive: body.length < 20_000 };
-      const reply = await this.#request(`?user=${this.#user}`, init);
-      resolve((await this.#json(reply, (published) => isId(published?.id))).id);
+      const init = { method: "POST", body, keepalive };
+      const { json } = await this.#request(`?user=${this.#user}`, init, (published) => isId(published?.id));
+      resolve(json.id);
     } catch (error) {
       reject(error);
       this.#fire(new Event("error"), { error });
     }
+    if (keepalive) keptAlive -= bytes;
   }
 
-  async #request(query, init) {
+  /** Asks, and returns what the reply holds if it is what a bus would say. */
+  async #request(query, init, isRight, abort = new AbortController()) {
+    const timer = setTimeout(() => abort.abort(), GIVE_UP);
     let reply;
+    let text;
     try {
-      reply = await fetch(this.#url + query, { cache: "no-store", ...init });
+      reply = await fetch(this.#url + query, { cache: "no-store", signal: abort.signal, ...init });
+      text = await reply.text();
     } catch (cause) {
       throw new BusError("network", `The bus cannot be reached: ${cause.message}`);
+    } finally {
+      clearTimeout(timer);
     }
-    if (reply.ok) return reply;
-    const { error, message } = await reply.json().catch(() => ({}));
-    throw Object.assign(new BusError(error ?? "http", message ?? `The web server answered ${reply.status}.`), {
-      status: reply.status,
-      retryAfter: Number(reply.headers.get("Retry-After")) || 0,
-    });
-  }
-
-  /** What the reply holds, if it looks like a bus's. */
-  async #json(reply, isRight) {
-    const text = await reply.text().catch((cause) => {
-      throw new BusError("network", `The reply broke off: ${cause.message}`);
-    });
     let json;
     try {
       json = JSON.parse(text);
     } catch {
-      this.#fire(new MessageEvent("messageerror", { data: text }));
+      if (reply.ok) this.#fire(new MessageEvent("messageerror", { data: text }));
     }
-    if (isRight(json)) return json;
-    throw new BusError("not_a_bus", "What answered is no bus: its reply is not what a bus says.");
+    const { status, headers } = reply;
+    if (!reply.ok) {
+      const error = new BusError(json?.error ?? "http", json?.message ?? `The web server answered ${status}.`);
+      throw Object.assign(error, { status, retryAfter: Number(headers.get("Retry-After")) || 0 });
+    }
+    if (!isRight(json)) throw new BusError("not_a_bus", "What answered is no bus: its reply is not what a bus says.");
+    return { json, headers };
   }
 }

@@ -1,5 +1,4 @@
-/** What JSON can express. */
-export type Json = null | boolean | number | string | Json[] | { [name: string]: Json };
+/// <reference lib="dom" />
 
 /** Why something failed. */
 export interface BusError extends Error {
@@ -36,7 +35,7 @@ export interface MessageBusEventMap<T = any> {
 export interface MessageBusOptions {
   /** Milliseconds between two polls; 500 unless given. */
   interval?: number;
-  /** Closes the bus, and rejects what has not been sent yet. */
+  /** Closes the bus, and drops what has not been sent yet: those promises are rejected. */
   signal?: AbortSignal;
 }
 
@@ -91,3 +90,9 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
 }
 
 export default MessageBus;
+
+/** As the classic script gives it away. */
+type Class = typeof MessageBus;
+declare global {
+  var MessageBus: Class;
+}
