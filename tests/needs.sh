@@ -9,6 +9,8 @@ have() {
         # With the C library to link statically: it is a package of its own, and gcc answers with a path if it is there.
         cc) case $(cc -print-file-name=libc.a) in /*) ;; *) false ;; esac ;;
         apache2) command -v apache2 || command -v httpd ;;
+        chromium) command -v chromium || command -v chromium-browser || command -v google-chrome ;;
+        firefox-esr) command -v firefox-esr || command -v firefox ;;
         *) command -v "$1" ;;
     esac >/dev/null 2>&1
 }
@@ -22,6 +24,9 @@ package() {
         apt-get/apache2) echo apache2-bin ;; # the server and its modules without a system service
         dnf/apache2) echo httpd ;;
         pacman/apache2) echo apache ;;
+        dnf/firefox-esr | pacman/firefox-esr) echo firefox ;;
+        */node) echo nodejs ;;
+        dnf/npm) echo nodejs-npm ;;
         *) echo "$2" ;;
     esac
 }

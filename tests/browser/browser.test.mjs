@@ -1,0 +1,359 @@
+// The client and the page in real browsers: Chromium by DevTools, Firefox by WebDriver BiDi.
+
+import assert from "node:assert/strict";
+import { existsSync } from "node:fs";
+import { after, test } from "node:test";
+import puppeteer from "puppeteer-core";
+import { startProxy, startSite, until } from "./servers.mjs";
+
+const site = await startSite((site) => ({ allowed: { SHORTBUS_ALLOW_ORIGIN: site.otherOrigin } }));
+for (const name of ["allowed", "denied"]) site.bus(name);
+
+function find(...names) {
+  const paths = names.flatMap((name) => process.env.PATH.split(":").map((folder) => `${folder}/${name}`));
+  const path = paths.find(existsSync);
+  assert(path, `no ${names[0]}: make test installs it`);
+  return path;
+}
+
+const quiet = ["disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-sync"];
+const args = ["headless=new", "no-sandbox", "disable-component-update", ...quiet].map((name) => `--${name}`);
+const [chromium, firefox] = await Promise.all([
+  puppeteer.launch({ browser: "chrome", executablePath: find("chromium", "chromium-browser", "google-chrome"), args }),
+  puppeteer.launch({ browser: "firefox", executablePath: find("firefox-esr", "firefox"), headless: true }),
+]);
+const browsers = { Chromium: chromium, Firefox: firefox };
+after(() => Promise.all([chromium.close(), firefox.close(), site.close()]));
+
+/** Opens a page in a window and a session of its own, and takes care that no policy is violated and nothing throws. */
+async function visit(t, browser, url, check = (problems) => assert.deepEqual(problems, [])) {
+  const context = await browser.createBrowserContext();
+  const problems = [];
+  t.after(async () => {
+    await context.close();
+    check(problems);
+  });
+  const page = await context.newPage();
+  page.on("pageerror", (error) => problems.push(String(error)));
+  page.on("console", (message) => message.text().startsWith("violation of") && problems.push(message.text()));
+  await page.evaluateOnNewDocument(() => {
+    const tell = ({ effectiveDirective, blockedURI }) => console.log(`violation of ${effectiveDirective}: ${blockedURI}`);
+    window.addEventListener("securitypolicyviolation", tell);
+  });
+  await page.goto(url);
+  return page;
+}
+
+/** A page with the client of this bus, by default under a strict policy: its URL. */
+function html(bus, script = "", path = "strict") {
+  site.bus(bus);
+  site.serve(`${path}/${bus}.js`, script);
+  const tags = [`/cgi-bin/${bus}/shortbus.js`, `${bus}.js`].map((url) => `<script src="${url}"></script>`);
+  return site.serve(`${path}/${bus}.html`, `<!doctype html><title>${bus}</title>${tags.join("")}<p id="shown"></p>`);
+}
+
+/** Starts the client in a page, and lists what it hears. */
+async function start(page, ...args) {
+  await page.evaluate((...args) => {
+    window.bus = new MessageBus(...args);
+    window.log = { open: [], message: [], missed: [], error: [] };
+    for (const [type, list] of Object.entries(log)) {
+      bus.addEventListener(type, (event) => list.push(type === "error" ? event.error.code : event.data ?? null));
+    }
+  }, ...args);
+  return page;
+}
+
+async function joined(page, ...args) {
+  await start(page, ...args);
+  await until("the join", () => page.evaluate(() => bus.connected));
+  return page;
+}
+
+const log = (page, type = "message") => page.evaluate((type) => window.log[type], type);
+const count = (page, type = "message") => page.evaluate((type) => window.log[type].length, type);
+const send = (page, data) => page.evaluate((data) => bus.send(data), data);
+const numbers = (from, to) => Array.from({ length: to - from }, (_, i) => from + i);
+const NEVER = { interval: 600_000 }; // between polls, so that only what it is woken by makes it poll
+
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: two pages talk, under a strict policy`, async (t) => {
+    const url = html(`talk-${name}`);
+    const [ann, bob] = await Promise.all([visit(t, browser, url), visit(t, browser, url)]);
+    await Promise.all([joined(ann), joined(bob)]);
+    const first = await send(ann, { hello: "world 👋", list: [1, null, true] });
+    await until("the message", () => count(bob));
+    await bob.evaluate(() => bus.postMessage("hello, Ann"));
+    await until("the answer", () => count(ann));
+    assert.deepEqual(await log(bob), [{ hello: "world 👋", list: [1, null, true] }]);
+    assert.deepEqual(await log(ann), ["hello, Ann"]);
+    assert(Number.isSafeInteger(first));
+    assert.equal(await ann.evaluate(() => bus.url), site.bus(`talk-${name}`));
+  });
+
+  test(`${name}: a message full of markup is text`, async (t) => {
+    const page = await joined(await visit(t, browser, html(`markup-${name}`)));
+    const markup = `</script><script>alert(1)</script><img src=x onerror="document.title='run'">&amp;<!--\u2028"'\\ \u202e`;
+    await site.publish(site.bus(`markup-${name}`), markup);
+    await until("the message", () => count(page));
+    assert.deepEqual(await log(page), [markup]);
+    const shown = await page.evaluate(() => (document.querySelector("#shown").textContent = log.message[0]));
+    assert.equal(shown, markup);
+    assert.equal(await page.title(), `markup-${name}`);
+  });
+}
+
+test("1,000 messages arrive in order, none missing", async (t) => {
+  const url = html("thousand");
+  const [ann, bob] = await Promise.all([visit(t, chromium, url), visit(t, chromium, url)]);
+  await Promise.all([joined(ann), joined(bob)]);
+  await ann.evaluate(() => {
+    for (let n = 0; n < 1_000; n++) bus.postMessage(n);
+  });
+  await until("all", async () => (await count(bob)) >= 1_000);
+  assert.deepEqual(await log(bob), numbers(0, 1_000));
+  assert.deepEqual([await log(bob, "missed"), await log(ann, "error"), await log(ann)], [[], [], []]);
+});
+
+test("memcached is restarted in the middle", async (t) => {
+  const url = html("restart");
+  const [ann, bob] = await Promise.all([visit(t, chromium, url), visit(t, chromium, url)]);
+  await Promise.all([joined(ann), joined(bob)]);
+  await send(ann, "before");
+  await until("the first", () => count(bob));
+  await site.restartMemcached();
+  await send(ann, "after");
+  await until("the second", async () => (await count(bob)) === 2);
+  assert.deepEqual(await log(bob), ["before", "after"]);
+  assert.equal(await count(bob, "missed"), 1);
+});
+
+test("the web server is stopped and started", async (t) => {
+  const url = html("stopped");
+  const [ann, bob] = await Promise.all([visit(t, chromium, url), visit(t, chromium, url)]);
+  await Promise.all([joined(ann), joined(bob)]);
+  await send(ann, "before");
+  await until("the first", () => count(bob));
+  await site.stopApache();
+  await until("errors", async () => (await count(ann, "error")) && (await count(bob, "error")));
+  assert.equal((await log(bob, "error"))[0], "network");
+  assert.equal(await bob.evaluate(() => bus.connected), false);
+  assert.equal(await ann.evaluate(() => bus.send("lost").catch((error) => error.code)), "network");
+  await site.startApache();
+  await until("both again", async () => (await count(ann, "open")) === 2 && (await count(bob, "open")) === 2);
+  await send(ann, "after");
+  await until("the second", async () => (await count(bob)) === 2);
+  assert.deepEqual(await log(bob), ["before", "after"]);
+});
+
+test("a page goes offline, and online again", async (t) => {
+  const page = await joined(await visit(t, chromium, html("offline")), { interval: 100 });
+  await page.setOfflineMode(true);
+  await until("an error", () => count(page, "error"));
+  assert.deepEqual([...new Set(await log(page, "error"))], ["network"]);
+  await site.publish(site.bus("offline"), "meanwhile");
+  await page.setOfflineMode(false);
+  await until("the message", () => count(page));
+  assert.deepEqual([await log(page), await count(page, "open")], [["meanwhile"], 2]);
+});
+
+test("online again, it polls at once", async (t) => {
+  const page = await joined(await visit(t, chromium, html("online")), NEVER);
+  await page.setOfflineMode(true);
+  await until("offline", () => page.evaluate(() => !navigator.onLine));
+  await site.publish(site.bus("online"), "meanwhile");
+  await page.setOfflineMode(false);
+  await until("the message", () => count(page));
+});
+
+test("online again, it waits for no poll that hangs", async (t) => {
+  let polls = 0;
+  const proxy = await startProxy(site.bus("hung"), (pass, { url }) => {
+    if (url === "/") return { headers: { "Content-Type": "text/html" }, body: '<script src="/bus/shortbus.js"></script>' };
+    return url.includes("id=") && !polls++ ? new Promise(() => {}) : pass();
+  });
+  t.after(proxy.close);
+  const page = await joined(await visit(t, chromium, new URL("/", proxy.url).href));
+  await until("the poll", () => polls);
+  await site.publish(site.bus("hung"), "meanwhile");
+  // For the browser itself would end what hangs.
+  await page.evaluate(() => window.dispatchEvent(new Event("online")));
+  await until("the message", () => count(page));
+  assert.deepEqual(await log(page, "error"), []);
+});
+
+test("a hidden page goes on hearing, and polls at once when it is seen again", async (t) => {
+  const url = html("hidden");
+  const [busy, lazy] = await Promise.all([visit(t, chromium, url), visit(t, chromium, url)]);
+  await Promise.all([joined(busy), joined(lazy, NEVER)]);
+  for (const page of [busy, lazy]) {
+    await page.browserContext().newPage(); // in front of it
+    await until("hidden", () => page.evaluate(() => document.hidden));
+  }
+  await site.publish(site.bus("hidden"), "psst");
+  await until("the message", () => count(busy));
+  assert.equal(await count(lazy), 0);
+  await lazy.bringToFront();
+  await until("the message", () => count(lazy));
+});
+
+test("two buses in one page, each by the script it came with", async (t) => {
+  site.bus("quiz");
+  const page = await visit(t, chromium, html("chat"));
+  await page.evaluate(async () => {
+    const { MessageBus: Module } = await import("/cgi-bin/quiz/shortbus.mjs");
+    window.buses = { chat: new MessageBus(), quiz: new Module(), named: new MessageBus("/cgi-bin/quiz") };
+    window.heard = { chat: [], quiz: [], named: [] };
+    for (const [name, bus] of Object.entries(buses)) bus.onmessage = ({ data }) => heard[name].push(data);
+  });
+  await until("the joins", () => page.evaluate(() => Object.values(buses).every((bus) => bus.connected)));
+  const names = await page.evaluate(() => Object.values(buses).map((bus) => bus.name));
+  assert.deepEqual(names, ["chat", "quiz", "quiz"]);
+  await site.publish(site.bus("chat"), "to chat");
+  await site.publish(site.bus("quiz"), "to quiz");
+  await page.evaluate(() => buses.quiz.send("from quiz"));
+  const heard = () => page.evaluate(() => heard);
+  await until("all", async () => Object.values(await heard()).flat().length >= 4);
+  assert.deepEqual(await heard(), { chat: ["to chat"], quiz: ["to quiz"], named: ["to quiz", "from quiz"] });
+});
+
+test("a page of an allowed origin uses the bus, headers and all", async (t) => {
+  const path = site.serve("allowed.html", `<!doctype html><script src="${site.bus("allowed")}/shortbus.js"></script>`);
+  const page = await joined(await visit(t, chromium, path.replace(site.origin, site.otherOrigin)));
+  assert.equal(await page.evaluate(() => bus.url), site.bus("allowed"));
+  await site.publish(site.bus("allowed"), "across");
+  await until("the message", () => count(page));
+  // Only Shortbus-Last-Id tells it of what it sent itself.
+  const id = await send(page, "back");
+  await until("the cursor", () => page.evaluate((id) => bus.lastId >= id, id));
+  const module = (url) => import(url).then(({ MessageBus }) => new MessageBus().url);
+  assert.equal(await page.evaluate(module, `${site.bus("allowed")}/shortbus.mjs`), site.bus("allowed"));
+});
+
+test("a page of another origin can neither hear nor send", async (t) => {
+  const bus = site.bus("denied");
+  const { id } = (await site.ask(bus)).json;
+  const path = site.serve("denied.html", `<!doctype html><script src="${bus}/shortbus.js"></script>`);
+  const page = await start(await visit(t, chromium, path.replace(site.origin, site.otherOrigin)));
+  await until("errors", async () => (await count(page, "error")) > 1);
+  const sent = page.evaluate(() => {
+    const sent = bus.send("forged").catch((error) => error.code);
+    bus.close(); // so it leaves without the join
+    return sent;
+  });
+  assert.equal(await sent, "network");
+  assert.deepEqual([await log(page, "open"), await log(page)], [[], []]);
+  assert.deepEqual((await site.ask(`${bus}?id=${id}`)).json, []);
+});
+
+test("what was written for the first shortbus works", async (t) => {
+  const script = `
+    var bus = new MessageBus(function () {
+      bus.addEventListener(function (data) {
+        document.getElementById("shown").appendChild(document.createTextNode(data.name + ":" + data.score + " "));
+      });
+      bus.send({ name: document.title, score: 1 });
+    });`;
+  const url = html("old", script);
+  const bob = await joined(await visit(t, chromium, html("young")), "/cgi-bin/old");
+  const ann = await visit(t, chromium, url);
+  await until("ready", () => count(bob));
+  assert.deepEqual(await log(bob), [{ name: "old", score: 1 }]);
+  for (const score of [2, 3]) await send(bob, { name: "bob", score });
+  const shown = () => ann.evaluate(() => document.querySelector("#shown").textContent);
+  await until("both", async () => (await shown()).includes("3"));
+  assert.equal(await shown(), "bob:2 bob:3 ");
+});
+
+test("what is sent while a page is being left arrives", async (t) => {
+  const bob = await joined(await visit(t, chromium, html("left")));
+  site.serve("gone.html", "<!doctype html>");
+  const leave = (page) =>
+    page.evaluate(() => {
+      for (const n of [1, 2, 3]) bus.postMessage(`left ${n}`);
+      location = "/gone.html";
+    });
+  const ann = await joined(await visit(t, chromium, html("left")));
+  await Promise.all([ann.waitForNavigation(), leave(ann)]);
+  const eve = await joined(await visit(t, chromium, html("left")));
+  await eve.evaluate(() => [1, 2, 3].forEach((n) => bus.postMessage(`closed ${n}`)));
+  await eve.close();
+  // Before it is even joined.
+  const hasty = `
+    const bus = new MessageBus("/cgi-bin/left");
+    for (const n of [1, 2, 3]) bus.postMessage("hasty " + n);
+    location = "/gone.html";`;
+  const zoe = await visit(t, chromium, html("hasty", hasty));
+  await until("its end", () => zoe.url().endsWith("/gone.html"));
+  const all = ["left", "closed", "hasty"].flatMap((how) => [1, 2, 3].map((n) => `${how} ${n}`));
+  await until("all of it", async () => (await count(bob)) >= all.length);
+  assert.deepEqual((await log(bob)).sort(), all.sort());
+});
+
+test("a page that comes back out of the browser's cache polls at once", async (t) => {
+  const page = await joined(await visit(t, chromium, html("back")), NEVER);
+  await page.goto(site.serve("gone.html", "<!doctype html>"));
+  await site.publish(site.bus("back"), "meanwhile");
+  await page.goBack();
+  assert(await page.evaluate(() => window.bus), "it was not kept");
+  await until("the message", () => count(page));
+});
+
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: on the page of the bus, two users talk`, async (t) => {
+    const bus = site.bus(`page-${name}`);
+    const [ann, bob] = await Promise.all([visit(t, browser, `${bus}/`), visit(t, browser, `${bus}/`)]);
+    const shown = (page, selector) => page.$eval(selector, (element) => element.textContent);
+    const shows = async (page, selector, text) => {
+      await page.bringToFront(); // a hidden page shows nothing new
+      await until(`${selector} with ${text}`, async () => (await shown(page, selector)).includes(text));
+    };
+    const write = async (page, text) => {
+      const box = await page.$('aria/Message to all others[role="textbox"]');
+      await box.type(text);
+      return box;
+    };
+    const press = async (page, name) => (await page.$(`aria/${name}[role="button"]`)).click();
+    for (const page of [ann, bob]) {
+      assert.equal(await shown(page, "h1"), `page-${name}`);
+      await shows(page, "[role=status]", "connected since");
+    }
+
+    await ann.bringToFront();
+    await (await write(ann, '{"move": "e4"}')).press("Enter");
+    await shows(ann, "[role=log]", "you");
+    await shows(bob, "[role=log]", '{"move": "e4"}');
+    await write(bob, "well played");
+    await press(bob, "Send");
+    await shows(ann, "[role=log]", "well played");
+
+    const markup = `<img src=x onerror="document.title='run'"><script>document.title='run'</script>`;
+    await (await write(ann, markup)).press("Enter");
+    await site.publish(bus, { [markup]: markup });
+    for (const page of [ann, bob]) {
+      await shows(page, "[role=log]", markup);
+      await shows(page, "[role=log]", JSON.stringify(markup).slice(1, -1));
+      assert.equal(await page.$("[role=log] :is(img, script)"), null);
+      assert.equal(await page.title(), `page-${name} – shortbus`);
+    }
+
+    await ann.bringToFront();
+    await (await write(ann, '{"move": ')).press("Enter");
+    await shows(ann, "[role=alert]", "This is not JSON");
+    await press(ann, "Send as text");
+    await shows(bob, "[role=log]", '{"move": ');
+
+    await ann.bringToFront();
+    await press(ann, "Open a second user");
+    const second = await until("the frame", () => ann.frames().find((frame) => frame.url().endsWith("?beside")));
+    await until("its join", async () => (await shown(second, "[role=status]")).includes("connected since"));
+    await (await write(second, "from beside")).press("Enter");
+    await shows(ann, "[role=log]", "from beside");
+  });
+}
+
+test("a policy that is violated would be noticed", async (t) => {
+  const url = site.serve("strict/violation.html", "<!doctype html><script>alert(1)</script>");
+  const check = (problems) => assert.equal(problems[0], "violation of script-src-elem: inline");
+  for (const browser of Object.values(browsers)) await visit(t, browser, url, check);
+});

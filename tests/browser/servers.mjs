@@ -1,0 +1,219 @@
+// Real servers for the tests, as in tests/common/mod.rs: a memcached and an Apache of one's own in a temporary folder,
+// killed and removed at the end, however the tests end; and a proxy that does to requests what a test wants.
+
+import { spawn } from "node:child_process";
+import { chmodSync, closeSync, copyFileSync, existsSync, mkdirSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { createServer } from "node:http";
+import { connect } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+
+const REPOSITORY = fileURLToPath(new URL("../..", import.meta.url));
+const EXECUTABLE = join(REPOSITORY, "cgi-bin/shortbus"); // the one that people copy
+const ROOT = process.getuid() === 0;
+const PATIENCE = 20_000; // milliseconds; only what fails takes so long
+const POLICY = "default-src 'self'"; // the strictest Content-Security-Policy that lets a page have scripts
+
+process.umask(0o022); // the web server's user has to read what is written here
+process.env.PATH += ":/usr/sbin:/sbin"; // the daemons' place, which a user's PATH leaves out
+
+const undo = []; // last in, first out
+process.on("exit", () => undo.reverse().forEach((step) => step()));
+for (const signal of ["SIGHUP", "SIGINT", "SIGTERM"]) process.on(signal, () => process.exit(1));
+
+/** Waits until `ready` gives something, and gives that. */
+export async function until(what, ready) {
+  for (const deadline = Date.now() + PATIENCE; ; await sleep(10)) {
+    const result = await ready();
+    if (result) return result;
+    if (Date.now() > deadline) throw new Error(`waited in vain for ${what}`);
+  }
+}
+
+/** A process with its children, in a group of their own. */
+class Daemon {
+  constructor(log, command, ...args) {
+    const stderr = openSync(log, "w");
+    this.process = spawn(command, args, { detached: true, stdio: ["ignore", stderr, stderr] });
+    closeSync(stderr);
+    this.gone = new Promise((resolve) => this.process.on("exit", resolve).on("error", resolve));
+    this.gone.then((why) => (this.ended = `${command} ended: ${why}`));
+    undo.push(() => this.signal("SIGKILL"));
+  }
+
+  signal(signal) {
+    try {
+      process.kill(-this.process.pid, signal);
+    } catch {} // none of them is left
+  }
+
+  async stop() {
+    this.signal("SIGTERM");
+    const hurry = setTimeout(() => this.signal("SIGKILL"), 5_000);
+    await this.gone;
+    clearTimeout(hurry);
+    this.signal("SIGKILL"); // whom it left behind
+  }
+}
+
+const answers = (address) =>
+  new Promise((resolve) => {
+    const socket = connect(address, () => resolve(true) || socket.destroy()).on("error", () => resolve(false));
+  });
+
+/** An Apache with a memcached. Pages below /strict/ have a strict Content-Security-Policy. */
+class Site {
+  folder = mkdtempSync(join(tmpdir(), "shortbus-browser-"));
+  socket = join(this.folder, "memcached");
+
+  constructor(settings) {
+    undo.push(() => process.env.SHORTBUS_KEEP || rmSync(this.folder, { recursive: true, force: true, maxRetries: 5 }));
+    chmodSync(this.folder, 0o755);
+    for (const name of ["cgi-bin", "pages", "pages/strict"]) mkdirSync(join(this.folder, name));
+    this.settings = settings;
+  }
+
+  /** The bus of this name, as `cp cgi-bin/shortbus .../name` makes it: its URL. */
+  bus(name) {
+    const file = join(this.folder, "cgi-bin", name);
+    if (!existsSync(file)) copyFileSync(EXECUTABLE, file);
+    return `${this.origin}/cgi-bin/${encodeURIComponent(name)}`;
+  }
+
+  /** Serves a page or a script: its URL. */
+  serve(path, text) {
+    writeFileSync(join(this.folder, "pages", path), text);
+    return `${this.origin}/${path}`;
+  }
+
+  /** A request like curl's: status, headers and JSON. */
+  async ask(url, init) {
+    const reply = await fetch(url, init);
+    return { status: reply.status, headers: reply.headers, json: await reply.json() };
+  }
+
+  /** Publishes as somebody else, which has to work: the message's id. */
+  async publish(bus, data, user = 1) {
+    const { status, json } = await this.ask(`${bus}?user=${user}`, { method: "POST", body: JSON.stringify(data) });
+    if (status !== 200) throw new Error(`${status} ${JSON.stringify(json)}`);
+    return json.id;
+  }
+
+  async startMemcached() {
+    const user = ROOT ? ["-u", "root"] : [];
+    rmSync(this.socket, { force: true });
+    this.memcached = new Daemon(join(this.folder, "memcached.log"), "memcached", "-s", this.socket, "-a", "777", ...user);
+    await until("memcached", () => this.memcached.ended ?? answers(this.socket));
+    if (this.memcached.ended) throw new Error(this.memcached.ended);
+  }
+
+  /** At once: it has nothing to save. */
+  async stopMemcached() {
+    this.memcached.signal("SIGKILL");
+    await this.memcached.gone;
+  }
+
+  async restartMemcached() {
+    await this.stopMemcached();
+    await this.startMemcached();
+  }
+
+  /** Starts Apache: on a port of its choice at first, then always on that. */
+  async startApache() {
+    const fixed = this.port;
+    for (let attempt = 0; attempt < 20; attempt++) {
+      // Apache takes no port 0. Below 32768, where Linux takes the ports of outgoing connections from.
+      this.port = fixed ?? 20_000 + Math.floor(Math.random() * 12_000);
+      this.origin = `http://127.0.0.1:${this.port}`;
+      this.otherOrigin = `http://localhost:${this.port}`; // the same server, another site to a browser
+      writeFileSync(join(this.folder, "apache.conf"), this.#config());
+      rmSync(join(this.folder, "pid"), { force: true });
+      const log = join(this.folder, "start.log");
+      this.apache = new Daemon(log, "apache2", "-D", "FOREGROUND", "-f", join(this.folder, "apache.conf"));
+      // It writes its pid after it has bound the port: what answers there is this Apache.
+      const pid = () => existsSync(join(this.folder, "pid")) && answers({ port: this.port, host: "127.0.0.1" });
+      await until("Apache", () => this.apache.ended ?? pid());
+      if (!this.apache.ended) return;
+      const said = readFileSync(log, "utf8");
+      if (!said.includes("could not bind")) throw new Error(this.apache.ended + said);
+    }
+    throw new Error("Apache found no port");
+  }
+
+  stopApache() {
+    return this.apache.stop();
+  }
+
+  close() {
+    return Promise.all([this.stopApache(), this.stopMemcached()]);
+  }
+
+  #config() {
+    const set = (list) => Object.entries(list).map(([name, value]) => `SetEnv ${name} "${value}"\n`);
+    const load = (name) => `LoadModule ${name}_module /usr/lib/apache2/modules/mod_${name}.so\n`;
+    const modules = ["mpm_event", "cgid", "alias", "env", "authz_core", "authz_host", "headers", "mime"];
+    const buses = Object.entries(this.settings(this));
+    return `${modules.map(load).join("")}
+      ServerRoot ${this.folder}
+      ServerName localhost
+      Listen 127.0.0.1:${this.port}
+      PidFile ${this.folder}/pid
+      ScriptSock ${this.folder}/cgid
+      ErrorLog ${this.folder}/error.log
+      DefaultRuntimeDir ${this.folder}
+      ${ROOT ? "User nobody\nGroup nogroup" : ""}
+      DocumentRoot ${this.folder}/pages
+      TypesConfig /dev/null
+      AddType text/html .html
+      AddType text/javascript .js
+      <Location /strict/>
+        Header set Content-Security-Policy "${POLICY}"
+      </Location>
+      Define SHORTBUS_CGI_BIN ${this.folder}/cgi-bin
+      Include ${REPOSITORY}apache-example.conf
+      SetEnv SHORTBUS_MEMCACHED ${this.socket}
+      ${buses.map(([bus, list]) => `<Location /cgi-bin/${bus}>\n${set(list).join("")}</Location>\n`).join("")}
+    `;
+  }
+}
+
+/** A site, up; `settings(site)` gives those of single buses by their names. */
+export async function startSite(settings = () => ({})) {
+  const site = new Site(settings);
+  await Promise.all([site.startMemcached(), site.startApache()]);
+  return site;
+}
+
+/** A proxy in front of a bus, at /bus. It counts, and `treat(pass, request)` decides about each request: gives what `pass()`
+ * got from the bus, or another reply, or nothing to cut the connection. */
+export async function startProxy(bus, treat = (pass) => pass()) {
+  const proxy = { treat, requests: [], polling: 0, mostPolling: 0 };
+  const server = createServer(async (request, response) => {
+    const { method, url } = request;
+    proxy.requests.push({ method, url, at: performance.now() });
+    if (method === "GET") {
+      proxy.mostPolling = Math.max(proxy.mostPolling, ++proxy.polling);
+      response.on("close", () => proxy.polling--);
+    }
+    let body = "";
+    for await (const chunk of request.setEncoding("utf8")) body += chunk;
+    const pass = async () => {
+      const reply = await fetch(bus + url.replace("/bus", ""), { method, body: body || undefined });
+      const kept = ["content-type", "retry-after", "shortbus-last-id", "shortbus-missed"];
+      const headers = [...reply.headers].filter(([name]) => kept.includes(name));
+      return { status: reply.status, headers: Object.fromEntries(headers), body: await reply.text() };
+    };
+    const reply = await proxy.treat(pass, { method, url });
+    if (reply) response.writeHead(reply.status ?? 200, reply.headers).end(reply.body);
+    else response.destroy();
+  });
+  await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+  proxy.url = `http://127.0.0.1:${server.address().port}/bus`;
+  proxy.close = () => {
+    server.close();
+    server.closeAllConnections();
+  };
+  return proxy;
+}
