@@ -56,9 +56,9 @@ class MessageBus extends EventTarget {
     // Timers sleep with the machine, and nearly so in hidden pages: at the end of such a sleep, poll at once.
     const listen = (target, type, act) => target?.addEventListener?.(type, act, { signal: this.#end.signal });
     listen(globalThis, "online", () => this.#pollNow());
-    listen(globalThis, "pageshow", () => {
+    listen(globalThis, "pageshow", ({ persisted }) => {
       this.#leaving = false;
-      this.#pollNow();
+      if (persisted) this.#pollNow();
     });
     listen(globalThis.document, "visibilitychange", () => document.hidden || this.#pollNow());
     listen(globalThis, "pagehide", () => {

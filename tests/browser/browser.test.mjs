@@ -1,7 +1,8 @@
 // The client and the page in real browsers: Chromium by DevTools, Firefox by WebDriver BiDi.
 
 import assert from "node:assert/strict";
-import { existsSync } from "node:fs";
+import { existsSync, mkdirSync } from "node:fs";
+import { join } from "node:path";
 import { after, test } from "node:test";
 import puppeteer from "puppeteer-core";
 import { startProxy, startSite, until } from "./servers.mjs";
@@ -10,17 +11,26 @@ const site = await startSite((site) => ({ allowed: { SHORTBUS_ALLOW_ORIGIN: site
 for (const name of ["allowed", "denied"]) site.bus(name);
 
 function find(...names) {
-  const paths = names.flatMap((name) => process.env.PATH.split(":").map((folder) => `${folder}/${name}`));
+  const folders = process.env.PATH.split(":");
+  const paths = names.flatMap((name) => folders.map((folder) => join(folder, name)));
   const path = paths.find(existsSync);
   assert(path, `no ${names[0]}: make test installs it`);
   return path;
 }
 
 const quiet = ["disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-sync"];
-const args = ["headless=new", "no-sandbox", "disable-component-update", ...quiet].map((name) => `--${name}`);
+const args = ["no-sandbox", "disable-component-update", ...quiet].map((name) => `--${name}`);
+/** Starts a browser with a new profile; the signals' handlers are those of the servers. */
+function launch(browser, executablePath, args) {
+  const signals = { handleSIGHUP: false, handleSIGINT: false, handleSIGTERM: false };
+  const userDataDir = join(site.folder, browser);
+  mkdirSync(userDataDir);
+  return puppeteer.launch({ browser, executablePath, args, userDataDir, headless: true, ...signals });
+}
+
 const [chromium, firefox] = await Promise.all([
-  puppeteer.launch({ browser: "chrome", executablePath: find("chromium", "chromium-browser", "google-chrome"), args }),
-  puppeteer.launch({ browser: "firefox", executablePath: find("firefox-esr", "firefox"), headless: true }),
+  launch("chrome", find("chromium", "chromium-browser", "google-chrome"), args),
+  launch("firefox", find("firefox-esr", "firefox"), []),
 ]);
 const browsers = { Chromium: chromium, Firefox: firefox };
 after(() => Promise.all([chromium.close(), firefox.close(), site.close()]));
@@ -37,8 +47,9 @@ async function visit(t, browser, url, check = (problems) => assert.deepEqual(pro
   page.on("pageerror", (error) => problems.push(String(error)));
   page.on("console", (message) => message.text().startsWith("violation of") && problems.push(message.text()));
   await page.evaluateOnNewDocument(() => {
-    const tell = ({ effectiveDirective, blockedURI }) => console.log(`violation of ${effectiveDirective}: ${blockedURI}`);
-    window.addEventListener("securitypolicyviolation", tell);
+    window.addEventListener("securitypolicyviolation", ({ effectiveDirective, blockedURI }) => {
+      console.log(`violation of ${effectiveDirective}: ${blockedURI}`);
+    });
   });
   await page.goto(url);
   return page;
@@ -166,20 +177,67 @@ test("online again, it polls at once", async (t) => {
   await until("the message", () => count(page));
 });
 
-test("online again, it waits for no poll that hangs", async (t) => {
-  let polls = 0;
-  const proxy = await startProxy(site.bus("hung"), (pass, { url }) => {
-    if (url === "/") return { headers: { "Content-Type": "text/html" }, body: '<script src="/bus/shortbus.js"></script>' };
-    return url.includes("id=") && !polls++ ? new Promise(() => {}) : pass();
+/** Visits a page of a proxy's, which starts the client at once. */
+async function through(t, bus, treat) {
+  const proxy = await startProxy(site.bus(bus), (pass, request) => {
+    const scripts = ["/bus/shortbus.js", "/start.js"].map((url) => `<script src="${url}"></script>`);
+    if (request.url === "/") return { headers: { "Content-Type": "text/html" }, body: scripts.join("") };
+    const script = { headers: { "Content-Type": "text/javascript" }, body: "const bus = new MessageBus();" };
+    return request.url === "/start.js" ? script : treat(pass, request);
   });
   t.after(proxy.close);
-  const page = await joined(await visit(t, chromium, new URL("/", proxy.url).href));
+  return [await visit(t, chromium, new URL("/", proxy.url).href), proxy];
+}
+
+const isJoin = ({ method, url }) => method === "GET" && url === "/bus";
+const isPoll = ({ method, url }) => method === "GET" && url.includes("id=");
+const never = new Promise(() => {});
+
+test("loading a page costs one join, however late that is answered", async (t) => {
+  let answer;
+  const loaded = new Promise((resolve) => (answer = resolve));
+  const [page, proxy] = await through(t, "loading", async (pass, request) => {
+    if (isJoin(request)) await loaded;
+    return pass();
+  });
+  answer();
+  await until("the join", () => page.evaluate(() => bus.connected));
+  assert.equal(proxy.requests.filter(isJoin).length, 1);
+});
+
+test("online again, it waits for no poll that hangs", async (t) => {
+  let polls = 0;
+  const [page] = await through(t, "hung", (pass, request) => (isPoll(request) && !polls++ ? never : pass()));
   await until("the poll", () => polls);
+  await page.evaluate(() => {
+    window.heard = [];
+    bus.addEventListener((data) => heard.push(data));
+    bus.onerror = ({ error }) => heard.push(error.code);
+  });
   await site.publish(site.bus("hung"), "meanwhile");
-  // For the browser itself would end what hangs.
+  // Not by DevTools: to go offline would itself end what hangs.
   await page.evaluate(() => window.dispatchEvent(new Event("online")));
-  await until("the message", () => count(page));
-  assert.deepEqual(await log(page, "error"), []);
+  await until("the message", () => page.evaluate(() => heard.length));
+  assert.deepEqual(await page.evaluate(() => heard), ["meanwhile"]);
+});
+
+test("a message under way outlives its page", async (t) => {
+  let open;
+  const gone = new Promise((resolve) => (open = resolve));
+  const [page, proxy] = await through(t, "outlives", async (pass, request) => {
+    if (isPoll(request)) return never;
+    if (request.method === "POST") await gone;
+    return request.isCut() ? undefined : pass();
+  });
+  const bus = site.bus("outlives");
+  const { id } = (await site.ask(bus)).json;
+  await until("a poll", () => proxy.requests.some(isPoll));
+  await page.evaluate(() => [1, 2, 3].forEach((n) => bus.postMessage(n)));
+  await until("the first", () => proxy.requests.some(({ method }) => method === "POST"));
+  await page.close();
+  await until("its poll to be cut", () => !proxy.polling);
+  open();
+  await until("all three", async () => (await site.ask(`${bus}?id=${id}`)).json.length === 3);
 });
 
 test("a hidden page goes on hearing, and polls at once when it is seen again", async (t) => {

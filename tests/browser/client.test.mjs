@@ -347,6 +347,7 @@ test("with the web server away it backs off, and talks when it is back", async (
   } finally {
     await site.startApache();
   }
+  await until("open again", () => bus.connected);
   const id = await bus.send("mine");
   await site.publish(url, "yours");
   await until("a message", () => bus.heard().length);

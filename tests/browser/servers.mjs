@@ -2,7 +2,8 @@
 // killed and removed at the end, however the tests end; and a proxy that does to requests what a test wants.
 
 import { spawn } from "node:child_process";
-import { chmodSync, closeSync, copyFileSync, existsSync, mkdirSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { chmodSync, closeSync, copyFileSync, existsSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync } from "node:fs";
 import { createServer } from "node:http";
 import { connect } from "node:net";
 import { tmpdir } from "node:os";
@@ -20,8 +21,15 @@ process.umask(0o022); // the web server's user has to read what is written here
 process.env.PATH += ":/usr/sbin:/sbin"; // the daemons' place, which a user's PATH leaves out
 
 const undo = []; // last in, first out
-process.on("exit", () => undo.reverse().forEach((step) => step()));
-for (const signal of ["SIGHUP", "SIGINT", "SIGTERM"]) process.on(signal, () => process.exit(1));
+const finish = () => undo.reverse().forEach((step) => step());
+process.on("exit", finish);
+for (const signal of ["SIGHUP", "SIGINT", "SIGTERM"]) {
+  process.on(signal, () => {
+    // Behind Puppeteer's listener, which kills the browsers: what they write goes last.
+    process.off("exit", finish).on("exit", finish);
+    process.exit(1);
+  });
+}
 
 /** Waits until `ready` gives something, and gives that. */
 export async function until(what, ready) {
@@ -104,7 +112,8 @@ class Site {
   async startMemcached() {
     const user = ROOT ? ["-u", "root"] : [];
     rmSync(this.socket, { force: true });
-    this.memcached = new Daemon(join(this.folder, "memcached.log"), "memcached", "-s", this.socket, "-a", "777", ...user);
+    const log = join(this.folder, "memcached.log");
+    this.memcached = new Daemon(log, "memcached", "-s", this.socket, "-a", "777", ...user);
     await until("memcached", () => this.memcached.ended ?? answers(this.socket));
     if (this.memcached.ended) throw new Error(this.memcached.ended);
   }
@@ -186,8 +195,10 @@ export async function startSite(settings = () => ({})) {
   return site;
 }
 
-/** A proxy in front of a bus, at /bus. It counts, and `treat(pass, request)` decides about each request: gives what `pass()`
- * got from the bus, or another reply, or nothing to cut the connection. */
+/**
+ * A proxy in front of a bus, at /bus. It counts, and `treat(pass, request)` decides about each request: gives what
+ * `pass()` got from the bus, or another reply, or nothing to cut the connection.
+ */
 export async function startProxy(bus, treat = (pass) => pass()) {
   const proxy = { treat, requests: [], polling: 0, mostPolling: 0 };
   const server = createServer(async (request, response) => {
@@ -205,7 +216,7 @@ export async function startProxy(bus, treat = (pass) => pass()) {
       const headers = [...reply.headers].filter(([name]) => kept.includes(name));
       return { status: reply.status, headers: Object.fromEntries(headers), body: await reply.text() };
     };
-    const reply = await proxy.treat(pass, { method, url });
+    const reply = await proxy.treat(pass, { method, url, isCut: () => response.destroyed });
     if (reply) response.writeHead(reply.status ?? 200, reply.headers).end(reply.body);
     else response.destroy();
   });
