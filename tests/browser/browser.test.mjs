@@ -5,7 +5,7 @@ import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import puppeteer from "puppeteer-core";
-import { startProxy, startSite, until } from "./servers.mjs";
+import { atEnd, startProxy, startSite, until } from "./servers.mjs";
 
 const site = await startSite((site) => ({ allowed: { SHORTBUS_ALLOW_ORIGIN: site.otherOrigin } }));
 for (const name of ["allowed", "denied"]) site.bus(name);
@@ -20,11 +20,15 @@ function find(...names) {
 
 const quiet = ["disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-sync"];
 const args = ["no-sandbox", "disable-component-update", ...quiet].map((name) => `--${name}`);
-/** Starts a browser with a new profile; the signals' handlers are those of the servers. */
+// By a signal: at the end of the process Puppeteer kills the first of two browsers alone.
+const end = new AbortController();
+atEnd(() => end.abort());
+
+/** Starts a browser with a new profile. */
 function launch(browser, executablePath, args) {
-  const signals = { handleSIGHUP: false, handleSIGINT: false, handleSIGTERM: false };
   const userDataDir = join(site.folder, browser);
   mkdirSync(userDataDir);
+  const signals = { signal: end.signal, handleSIGHUP: false, handleSIGINT: false, handleSIGTERM: false };
   return puppeteer.launch({ browser, executablePath, args, userDataDir, headless: true, ...signals });
 }
 
@@ -104,7 +108,8 @@ for (const [name, browser] of Object.entries(browsers)) {
 
   test(`${name}: a message full of markup is text`, async (t) => {
     const page = await joined(await visit(t, browser, html(`markup-${name}`)));
-    const markup = `</script><script>alert(1)</script><img src=x onerror="document.title='run'">&amp;<!--\u2028"'\\ \u202e`;
+    const script = `</script><script>alert(1)</script><img src=x onerror="document.title='run'">`;
+    const markup = `${script}&amp;<!--\u2028"'\\ \u202e`;
     await site.publish(site.bus(`markup-${name}`), markup);
     await until("the message", () => count(page));
     assert.deepEqual(await log(page), [markup]);

@@ -21,15 +21,11 @@ process.umask(0o022); // the web server's user has to read what is written here
 process.env.PATH += ":/usr/sbin:/sbin"; // the daemons' place, which a user's PATH leaves out
 
 const undo = []; // last in, first out
-const finish = () => undo.reverse().forEach((step) => step());
-process.on("exit", finish);
-for (const signal of ["SIGHUP", "SIGINT", "SIGTERM"]) {
-  process.on(signal, () => {
-    // Behind Puppeteer's listener, which kills the browsers: what they write goes last.
-    process.off("exit", finish).on("exit", finish);
-    process.exit(1);
-  });
-}
+process.on("exit", () => undo.reverse().forEach((step) => step()));
+for (const signal of ["SIGHUP", "SIGINT", "SIGTERM"]) process.on(signal, () => process.exit(1));
+
+/** Has something done when the tests end, however they do. */
+export const atEnd = (step) => undo.push(step);
 
 /** Waits until `ready` gives something, and gives that. */
 export async function until(what, ready) {
@@ -48,7 +44,7 @@ class Daemon {
     closeSync(stderr);
     this.gone = new Promise((resolve) => this.process.on("exit", resolve).on("error", resolve));
     this.gone.then((why) => (this.ended = `${command} ended: ${why}`));
-    undo.push(() => this.signal("SIGKILL"));
+    atEnd(() => this.signal("SIGKILL"));
   }
 
   signal(signal) {
@@ -77,7 +73,7 @@ class Site {
   socket = join(this.folder, "memcached");
 
   constructor(settings) {
-    undo.push(() => process.env.SHORTBUS_KEEP || rmSync(this.folder, { recursive: true, force: true, maxRetries: 5 }));
+    atEnd(() => process.env.SHORTBUS_KEEP || rmSync(this.folder, { recursive: true, force: true, maxRetries: 5 }));
     chmodSync(this.folder, 0o755);
     for (const name of ["cgi-bin", "pages", "pages/strict"]) mkdirSync(join(this.folder, name));
     this.settings = settings;
