@@ -5,6 +5,8 @@ CGIBIN = /usr/lib/cgi-bin
 NAME = chat
 # A shell older than the Rust installation has not heard of it yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
+# Here, wherever the user's Rust builds else: what is built is copied from here.
+export CARGO_TARGET_DIR := $(CURDIR)/target
 
 .PHONY: build demo test bench install clean rust
 

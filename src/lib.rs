@@ -8,6 +8,7 @@
 //! - [`message`] checks what is published;
 //! - [`bus`] is the delivery protocol, the heart of it: join, publish, poll, over the operations of [`store`];
 //! - [`memcached`] carries them out, each batch in one write;
+//! - [`hash`] shortens long names for it, and tags the files;
 //! - [`error`] turns whatever fails into a status, a code and a sentence; [`limits`] holds every bound.
 
 #![warn(missing_docs)]
