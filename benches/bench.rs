@@ -13,11 +13,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use base64ct::{Base64UrlUnpadded, Encoding};
 use common::{Folder, Front, Memcached, Site, Stream, executable};
-use shortbus::bus;
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
 use shortbus::cgi::block_on;
+use shortbus::store::Store;
+use shortbus::{bus, memcached, signature};
 
 /// Processes started of each kind, one after the other.
 const SPAWNS: usize = 2_000;
@@ -32,6 +36,8 @@ const CROWDS: [usize; 3] = [1, 16, 64];
 const CROWD_ROUNDS: usize = 5;
 const CROWD: Duration = Duration::from_secs(1);
 
+/// Of the signed buses.
+const KEY: &str = "A key of thirty-two bytes or more";
 const BODY: &str = r#"{"text":"Hello, everyone!"}"#;
 /// What replies hold.
 const EMPTY: &str = "\r\n\r\n[]";
@@ -99,6 +105,8 @@ struct Job<'a> {
     env: Vec<(&'static str, String)>,
     body: &'static str,
     expect: &'static str,
+    /// A send that may be repeated: whether it is signed.
+    once: Option<bool>,
 }
 
 impl<'a> Job<'a> {
@@ -111,7 +119,7 @@ impl<'a> Job<'a> {
             ("SHORTBUS_MEMCACHED", memcached.address.clone()),
             ("SHORTBUS_BUS", bus.into()),
         ];
-        Job { program, env, body: "", expect }
+        Job { program, env, body: "", expect, once: None }
     }
 
     /// A publish.
@@ -123,11 +131,34 @@ impl<'a> Job<'a> {
         Job { body: BODY, ..job }
     }
 
+    /// A publish with `once`, on a bus with these settings: signed where there are any.
+    fn once(program: &'a Program, memcached: &Memcached, bus: &str, settings: &[(&'static str, &str)]) -> Job<'a> {
+        let mut job = Job::post(program, memcached, bus, PUBLISHED);
+        job.env.extend(settings.iter().map(|&(name, value)| (name, value.into())));
+        Job { once: Some(!settings.is_empty()), ..job }
+    }
+
+    /// The query of a send that was never made before.
+    fn new_query(&self, signed: bool) -> String {
+        static SENDS: AtomicUsize = AtomicUsize::new(0);
+        let once = SENDS.fetch_add(1, Ordering::Relaxed);
+        if !signed {
+            return format!("user=1&once={once}");
+        }
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+        let bus = &self.env.iter().find(|(name, _)| *name == "SHORTBUS_BUS").unwrap().1;
+        let mut mac = Hmac::<Sha256>::new_from_slice(signature::secret(KEY.as_bytes(), 1).as_bytes()).unwrap();
+        mac.update(format!("{bus}\n1\n{time}\n{once}\n{BODY}").as_bytes());
+        let sig = Base64UrlUnpadded::encode_string(&mac.finalize().into_bytes());
+        format!("user=1&once={once}&time={time}&sig={sig}")
+    }
+
     /// The process to be, with its body ready at stdin, under another program where one is named.
     fn command(&self, under: &[&str]) -> Command {
         let mut words = under.iter().map(Path::new).chain([self.program.file()]);
         let mut command = Command::new(words.next().unwrap());
         command.args(words).env_clear().envs(self.env.iter().map(|(name, value)| (name, value)));
+        command.envs(self.once.map(|signed| ("QUERY_STRING", self.new_query(signed))));
         command.stdin(Stdio::null());
         if !self.body.is_empty() {
             let (reader, mut writer) = std::io::pipe().unwrap();
@@ -240,11 +271,14 @@ fn baseline(name: &str) -> PathBuf {
 
 /// Makes a bus with so many messages, by the library: the newest id.
 fn fill(memcached: &Memcached, bus: &str, messages: u64) -> u64 {
-    let open = || shortbus::memcached::Memcached::connect(std::slice::from_ref(&memcached.address), bus.as_bytes());
     for _ in 0..messages {
-        block_on(bus::publish(&mut open().unwrap(), 1, BODY.as_bytes(), 3_600)).unwrap();
+        block_on(bus::publish(&mut open(memcached, bus), 1, BODY.as_bytes(), 3_600, None)).unwrap();
     }
-    block_on(bus::join(&mut open().unwrap())).unwrap()
+    block_on(bus::join(&mut open(memcached, bus))).unwrap()
+}
+
+fn open(memcached: &Memcached, bus: &str) -> impl Store {
+    memcached::Memcached::connect(std::slice::from_ref(&memcached.address), bus.as_bytes()).unwrap()
 }
 
 fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
@@ -252,6 +286,7 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
     let [shortbus, fixed, raw] =
         &[executable(), baseline("fixed"), baseline("raw")].map(|file| Program::new(&folder, &file));
     let (idle, thousand, busy) = (fill(tcp, "idle", 0), fill(tcp, "thousand", 1_000), fill(tcp, "busy", 10_000));
+    block_on(bus::key(&mut open(tcp, "kept"), Some(KEY.as_bytes()))).unwrap();
     let far = 1_000_000_000_000_000;
     let jobs = [
         Job::get(fixed, tcp, "idle", idle, EMPTY),
@@ -266,6 +301,9 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
         Job::get(shortbus, tcp, "thousand", thousand - 1_000, MESSAGE),
         Job::get(shortbus, tcp, "idle", idle - far, EMPTY),
         Job::get(shortbus, tcp, "busy", busy - far, MESSAGE),
+        Job::once(shortbus, tcp, "published", &[]),
+        Job::once(shortbus, tcp, "signed", &[("SHORTBUS_AUTH", "signed"), ("SHORTBUS_KEY", KEY)]),
+        Job::once(shortbus, tcp, "kept", &[("SHORTBUS_AUTH", "signed")]),
     ];
     let samples = interleave(jobs.len(), SPAWNS, |job| jobs[job].time());
     let ratio = |job: usize, to: usize| median(&samples[job]) / median(&samples[to]);
@@ -287,12 +325,19 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
     let compared = format!("{}; two empty polls and what it returns: {bound:.2}", behind(11));
     table.row("Poll 10<sup>15</sup> behind, 10,000 live", time(11), compared);
 
-    let counts = [0, 1, 2, 4].map(|job| jobs[job].instructions());
-    let [fixed, raw, poll, publish] = counts.map(|count| format!("{:.0},000", count / 1e3));
-    table.row("Instructions, empty poll", poll, format!("fixed {fixed}, raw {raw}, publish {publish}"));
-    let calls = [0, 1, 2, 4].map(|job| jobs[job].system_calls());
-    let [fixed, raw, poll, publish] = [0, 1, 2, 3].map(|n| calls[n].len());
-    table.row("System calls, empty poll", poll, format!("fixed {fixed}, raw {raw}, publish {publish}"));
+    for (job, what) in [(12, "with `once`"), (13, "signed"), (14, "signed, key in memcached")] {
+        let compared = format!("{:.2} × publish", ratio(job, 4));
+        table.row(&format!("**Publish** {what}, TCP"), time(job), compared);
+    }
+
+    let counts = [0, 1, 2, 4, 12, 13].map(|job| jobs[job].instructions());
+    let [fixed, raw, poll, publish, once, signed] = counts.map(|count| format!("{:.0},000", count / 1e3));
+    let others = format!("fixed {fixed}, raw {raw}, publish {publish}, with `once` {once}, signed {signed}");
+    table.row("Instructions, empty poll", poll, others);
+    let calls = [0, 1, 2, 4, 12, 13].map(|job| jobs[job].system_calls());
+    let [fixed, raw, poll, publish, once, signed] = [0, 1, 2, 3, 4, 5].map(|n| calls[n].len());
+    let others = format!("fixed {fixed}, raw {raw}, publish {publish}, with `once` {once}, signed {signed}");
+    table.row("System calls, empty poll", poll, others);
     let list: Vec<String> = calls[2]
         .chunk_by(|a, b| a == b)
         .map(|same| if same.len() > 1 { format!("{} {}", same.len(), same[0]) } else { same[0].clone() })

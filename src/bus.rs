@@ -11,6 +11,7 @@
 
 use std::time::Duration;
 
+use crate::config::whole_number;
 use crate::error::Error;
 use crate::limits;
 use crate::store::{Counter, Op, Reply, Store, StoreError};
@@ -30,20 +31,55 @@ pub struct Page {
 ///
 /// Creates the counter where there is none, so that the first poll can tell "nothing was missed".
 pub async fn join(store: &mut impl Store) -> Result<u64, Error> {
-    Ok(read_last(store).await?.value)
+    Ok(read_last(store, None).await?.value)
+}
+
+/// The bus's key: of those that anyone offers to create, as `fresh` here, the first; `None` where there is none yet.
+pub async fn key(store: &mut impl Store, fresh: Option<&[u8]>) -> Result<Option<Vec<u8>>, Error> {
+    let mut batch = vec![Op::Key];
+    batch.splice(..0, fresh.map(Op::CreateKey));
+    Ok(match store.run(&batch).await?.pop() {
+        Some(Reply::Value(key)) => Some(key),
+        _ => None,
+    })
+}
+
+/// A send that may be repeated.
+#[derive(Clone, Copy, Debug)]
+pub struct Once<'a> {
+    /// The user's id, a colon, the user's name for it.
+    pub name: &'a str,
+    /// Random. What is stored for the first of its requests bears it, and for the others too.
+    pub token: u64,
+    /// Seconds for which it is remembered, more than the TTL.
+    pub ttl: u32,
 }
 
 /// Publishes `data`, a checked JSON value, as `user`, for `ttl` seconds: its id once it is stored and visible to
 /// every poll. Two round trips unless others publish at the same moment.
 ///
+/// With `once` it publishes at most once within the TTL, whoever asks how often: the others get the first one's id.
+/// The send has a record, a list of the ids that were tried for it, and an id is in there before its slot is stored.
+/// So whoever reads `last`, then the record, and finds none of the listed slots up to `last` to be this send's, knows
+/// that none was published up to `last`; and after it there is but one slot that anyone who knew no more could still
+/// store, the one it tries itself. To be the first, or to die half-way, decides nothing.
+///
+/// A repeat cannot tell a slot that was stored too late from another. It takes a coincidence: a publisher that died
+/// inside its one write, so that its slot was stored and `last` not moved; a bus on which then nobody published until
+/// that slot was about to expire; and another's write under way, of a send that is repeated later, while it expires.
+///
 /// # Errors
 /// [`Error::Busy`]: nothing was published. [`Error::Store`]: nothing was published.
-/// [`Error::OutcomeUnknown`]: it may have been.
-pub async fn publish(store: &mut impl Store, user: u64, data: &[u8], ttl: u32) -> Result<u64, Error> {
-    let value = [user.to_string().as_bytes(), b" ", data].concat();
+/// [`Error::OutcomeUnknown`]: it may have been. [`Error::Undecided`], [`Error::Differs`]: not by this request.
+pub async fn publish(
+    store: &mut impl Store,
+    user: u64,
+    data: &[u8],
+    ttl: u32,
+    once: Option<Once<'_>>,
+) -> Result<u64, Error> {
     let stale = limits::STALE.min(Duration::from_secs(ttl.into()));
-    // memcached's clock ticks once a second: an item lives up to one second less than it was given.
-    let ttl = (ttl + 1).min(limits::TTL_MAX);
+    let mut record = once.map(|once| Record { once, token: once.token, first: false, ids: vec![], passed: 0, age: 0 });
     let mut known: Option<(Duration, Counter)> = None;
     for attempt in 1..=limits::TRIES {
         if attempt > 2 {
@@ -55,22 +91,42 @@ pub async fn publish(store: &mut impl Store, user: u64, data: &[u8], ttl: u32) -
             Some((read_at, last)) if store.now() - read_at < stale => last,
             _ => {
                 let read_at = store.now();
-                let last = read_last(store).await?;
+                let last = read_last(store, record.as_mut()).await?;
                 if store.now() - read_at >= stale {
                     continue;
                 }
                 last
             }
         };
+        if let Some(record) = &mut record
+            && let Some(id) = record.published(store, user, data, ttl, last.value).await?
+        {
+            return Ok(id);
+        }
         let id = last.value + 1;
+        let sender = Sender { user, token: record.as_ref().map(|record| record.token) };
+        let value = [sender.to_string().as_bytes(), b" ", data].concat();
         let sent_at = store.now();
         // Add before advance: `last` must never name a slot that is not there. Whoever finds the slot taken
-        // advances for its owner, who may have died.
-        let claim = [Op::Last, Op::Add { id, value: &value, ttl }, Op::Advance(last.cas), Op::Last, Op::Last];
-        let replies = store.run(&claim).await.map_err(|error| match error {
-            StoreError::Full(_) | StoreError::Late(_) => Error::Store(error),
+        // advances for its owner, who may have died. memcached's clock ticks once a second: an item lives up to one
+        // second less than it was given.
+        let add = Op::Add { id, value: &value, ttl: (ttl + 1).min(limits::TTL_MAX) };
+        let mut claim = vec![Op::Last, add, Op::Advance(last.cas), Op::Last, Op::Last];
+        if let Some(record) = &mut record {
+            // Into the record before into the slot.
+            claim.insert(0, Op::Note(record.once.name, id));
+            claim.push(Op::Record(record.once.name));
+        }
+        let mut replies = store.run(&claim).await.map_err(|error| match error {
+            StoreError::Late(_) => Error::Store(error),
+            // With a record it may be that which was refused, and not the message.
+            StoreError::Full(_) if record.is_none() => Error::Store(error),
             _ => Error::OutcomeUnknown(error.to_string()),
         })?;
+        if let Some(record) = &mut record {
+            record.read(replies.pop());
+            record.passed += usize::from(replies.remove(0) == Reply::Stored);
+        }
         match &replies[..] {
             [_, Reply::Stored, Reply::Stored, ..] => return Ok(id),
             // Another moved `last`: for us, if it had not moved when our message was stored.
@@ -85,6 +141,78 @@ pub async fn publish(store: &mut impl Store, user: u64, data: &[u8], ttl: u32) -
         }
     }
     Err(Error::Busy)
+}
+
+/// What is known of a send that may be repeated.
+struct Record<'a> {
+    once: Once<'a>,
+    /// The first request's.
+    token: u64,
+    /// This request was the first.
+    first: bool,
+    /// The ids tried for it, by all requests.
+    ids: Vec<u64>,
+    /// How many of `ids` are not this send's: tried here in vain, or looked at.
+    passed: usize,
+    /// Seconds since the first request, by memcached's clock.
+    age: u32,
+}
+
+impl Record<'_> {
+    /// Takes what memcached answered; nothing where the record expired just now, or was evicted.
+    fn read(&mut self, reply: Option<Reply>) {
+        let Some(Reply::Record(text, left)) = reply else {
+            return;
+        };
+        let text = String::from_utf8_lossy(&text);
+        let mut numbers = text.split(' ').map_while(|number| number.parse().ok());
+        let token = numbers.next().unwrap_or(self.token);
+        // Another record than before: the other has expired.
+        self.passed = if token == self.token { self.passed } else { 0 };
+        self.token = token;
+        self.ids = numbers.collect();
+        self.age = self.once.ttl.saturating_sub(left);
+    }
+
+    /// The id under which it was published, as far as `last` and a record read after it can tell.
+    async fn published(
+        &mut self,
+        store: &mut impl Store,
+        user: u64,
+        data: &[u8],
+        ttl: u32,
+        last: u64,
+    ) -> Result<Option<u64>, Error> {
+        if self.first && self.ids.len() <= self.passed && self.age <= ttl {
+            return Ok(None);
+        }
+        if self.ids.len() > self.passed {
+            let ids: Vec<u64> = self.ids.iter().copied().filter(|&id| id <= last).collect();
+            // The record again after them: its age tells whether a slot of this send would still have been there.
+            let slots = ids.iter().copied().map(Op::Get).chain([Op::Record(self.once.name)]);
+            let mut replies = store.run(&slots.collect::<Vec<_>>()).await?;
+            let Some(Reply::Record(_, left)) = replies.pop() else {
+                return Err(Error::Undecided);
+            };
+            self.age = self.once.ttl.saturating_sub(left);
+            for (id, reply) in ids.iter().zip(&replies) {
+                if let Reply::Value(value) = reply
+                    && let Some((sender, published)) = split(value)
+                    && sender == (Sender { user, token: Some(self.token) })
+                {
+                    return match published == data {
+                        // One that slept may have stored it after the slot had expired, when polls were past it.
+                        _ if self.age > ttl => Err(Error::Undecided),
+                        true => Ok(Some(*id)),
+                        false => Err(Error::Differs),
+                    };
+                }
+            }
+            self.passed = ids.len();
+        }
+        let at_work = !self.first && self.age < limits::ONCE_LEASE;
+        if at_work || self.age > ttl { Err(Error::Undecided) } else { Ok(None) }
+    }
 }
 
 /// Every live message after `after`, but those of `except`, in the order of their ids. One round trip where at most
@@ -124,10 +252,21 @@ pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Re
     Ok(reader.page)
 }
 
-/// Reads `last`, creating it first where there is none.
-async fn read_last(store: &mut impl Store) -> Result<Counter, StoreError> {
+/// Reads `last`, creating it first where there is none; and in the same write creates `record`, before, and reads it,
+/// after. No slot that `last` does not name yet is older than the record then.
+async fn read_last(store: &mut impl Store, mut record: Option<&mut Record<'_>>) -> Result<Counter, StoreError> {
     for _ in 0..limits::TRIES {
-        let replies = store.run(&[Op::Last, Op::Last]).await?;
+        let mut batch = vec![Op::Last, Op::Last];
+        if let Some(record) = &record {
+            let Once { name, token, ttl } = record.once;
+            batch.insert(0, Op::Claim { once: name, token, ttl });
+            batch.push(Op::Record(name));
+        }
+        let mut replies = store.run(&batch).await?;
+        if let Some(record) = &mut record {
+            record.read(replies.pop());
+            record.first |= replies.remove(0) == Reply::Stored;
+        }
         if let Some(counter) = steady(&replies) {
             return Ok(counter);
         }
@@ -208,9 +347,9 @@ impl Reader {
             self.scanned += limits::SCAN_SLOT;
             // A value that no shortbus wrote counts as gone: it must not fail everyone's polls for a minute.
             match &reply {
-                Reply::Value(value) if let Some((user, data)) = split(value) => {
+                Reply::Value(value) if let Some((sender, data)) = split(value) => {
                     any = true;
-                    self.message(id, user, data);
+                    self.message(id, sender.user, data);
                 }
                 _ => self.page.missed = true,
             }
@@ -253,9 +392,26 @@ impl Reader {
     }
 }
 
-/// A slot's value is the user's id, a space and the message's own bytes.
-fn split(value: &[u8]) -> Option<(u64, &[u8])> {
+/// Who sent a message: the user, and the token of a send that may be repeated.
+#[derive(PartialEq, Eq)]
+struct Sender {
+    user: u64,
+    token: Option<u64>,
+}
+
+impl std::fmt::Display for Sender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.user)?;
+        self.token.map_or(Ok(()), |token| write!(f, ".{token}"))
+    }
+}
+
+/// A slot's value is its sender, as `USER` or `USER.TOKEN`, a space and the message's own bytes.
+fn split(value: &[u8]) -> Option<(Sender, &[u8])> {
     let space = value.iter().position(|&byte| byte == b' ')?;
-    let user = std::str::from_utf8(&value[..space]).ok()?.parse().ok()?;
-    Some((user, &value[space + 1..]))
+    let (user, token) = match value[..space].iter().position(|&byte| byte == b'.') {
+        Some(dot) => (&value[..dot], Some(whole_number(&value[dot + 1..space])?)),
+        None => (&value[..space], None),
+    };
+    Some((Sender { user: whole_number(user)?, token }, &value[space + 1..]))
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::bus;
 use crate::cgi::{block_on, variable};
-use crate::config::Config;
+use crate::config::{Auth, Config};
 use crate::memcached::Memcached;
 
 const HELP: &str = "\
@@ -15,7 +15,7 @@ Copy this file into a web server's cgi-bin, and the copy's name is a bus:
 
   GET  /cgi-bin/chat                join: {\"user\":U,\"id\":N}
   GET  /cgi-bin/chat?user=U&id=N    poll: the messages after N that U did not send
-  POST /cgi-bin/chat?user=U         publish the JSON value in the body
+  POST /cgi-bin/chat?user=U         publish the JSON value in the body, with &once=K at most once for each K
 
 By hand:
   --check      show the settings, reach memcached, write and read a test message
@@ -23,7 +23,8 @@ By hand:
   --help       show this
 
 Settings are environment variables, set by the web server: SHORTBUS_TTL, SHORTBUS_MAX_BYTES, SHORTBUS_MEMCACHED,
-SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN. A bus needs none, but memcached 1.6.10 or later on 127.0.0.1:11211.
+SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN, SHORTBUS_AUTH, SHORTBUS_KEY. A bus needs none, but memcached 1.6.10 or later on
+127.0.0.1:11211.
 ";
 
 /// Runs one command: the exit code (0 well, 1 the check failed, 2 no such command), and the text for stdout, or
@@ -46,6 +47,9 @@ fn check(argv0: &[u8]) -> (i32, String) {
     };
     let source = |name: &str, default| if variable(name).is_some() { "environment" } else { default };
     let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
+    let auth = if config.auth == Auth::Open { "open" } else { "signed" };
+    // Never the key itself: what is shown here is pasted into reports.
+    let key = variable("SHORTBUS_KEY").map_or("none".into(), |key| format!("{} bytes", key.len()));
     let mut out = "With the settings of this shell, and as its user; a request has the web server's.\n".to_owned();
     for (name, value, default) in [
         ("SHORTBUS_BUS", String::from_utf8_lossy(&config.bus).into_owned(), "the file's name"),
@@ -53,6 +57,8 @@ fn check(argv0: &[u8]) -> (i32, String) {
         ("SHORTBUS_MAX_BYTES", config.max_bytes.to_string(), "default"),
         ("SHORTBUS_MEMCACHED", config.memcached.join(" "), "default"),
         ("SHORTBUS_ALLOW_ORIGIN", origins, "default"),
+        ("SHORTBUS_AUTH", auth.into(), "default"),
+        ("SHORTBUS_KEY", key, "default"),
     ] {
         out.push_str(&format!("{name:22} {value}  ({})\n", source(name, default)));
     }
@@ -71,7 +77,7 @@ fn test_message(config: &Config) -> Result<String, String> {
         .map_err(|error| error.to_string())?;
     let started = Instant::now();
     let read_back = block_on(async {
-        let id = bus::publish(&mut store, 1, b"\"test\"", config.ttl).await?;
+        let id = bus::publish(&mut store, 1, b"\"test\"", config.ttl, None).await?;
         bus::poll(&mut store, id - 1, None).await.map(|page| (id, page))
     });
     let (id, page) = read_back.map_err(|error| error.cause())?;

@@ -9,6 +9,8 @@ pub type Vars<'a> = &'a dyn Fn(&str) -> Option<Vec<u8>>;
 const TTL_ALLOWED: &str = "a whole number of seconds from 1 to 2592000";
 const BYTES_ALLOWED: &str = "a whole number of bytes from 1 to 1000000";
 const MEMCACHED_ALLOWED: &str = "host:port, or the path of a unix socket; several are separated by spaces";
+const AUTH_ALLOWED: &str = "signed, or left out";
+const KEY_ALLOWED: &str = "at least 32 bytes that nobody can guess; make one with: openssl rand -base64 32";
 const BUS_ALLOWED: &str = "a name of at least one byte";
 const ORIGIN_ALLOWED: &str =
     "*, or origins separated by spaces, each as a browser sends it: lower case, no path, like https://example.org";
@@ -26,6 +28,24 @@ pub struct Config {
     pub memcached: Vec<String>,
     /// Origins whose pages may use the bus, `*` for all.
     pub allow_origin: Vec<String>,
+    /// Who may publish.
+    pub auth: Auth,
+}
+
+/// Who may publish.
+#[derive(PartialEq, Eq)]
+pub enum Auth {
+    /// Anyone, as any user.
+    Open,
+    /// Each user as itself, by a signature. With the bus key; without one, memcached keeps one.
+    Signed(Option<Vec<u8>>),
+}
+
+impl std::fmt::Debug for Auth {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if *self == Auth::Open { "open" } else { "signed" })
+    }
 }
 
 impl Config {
@@ -56,7 +76,36 @@ impl Config {
                 servers => servers,
             },
             allow_origin: list(vars, "SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
+            auth: auth(vars)?,
         })
+    }
+
+    /// Seconds by which a signature's time may differ from the clock.
+    pub fn clock_window(&self) -> u32 {
+        self.ttl.min(limits::CLOCK_MAX)
+    }
+
+    /// Seconds for which a `once` is remembered: a repeat may be the one that publishes, up to a TTL after the first
+    /// request, and is remembered for a TTL from then. On a signed bus that is as long as a signature is good, from a
+    /// clock that is ahead until it is too old.
+    pub fn once_ttl(&self) -> u32 {
+        (2 * self.ttl + limits::ONCE_SLACK).min(limits::TTL_MAX)
+    }
+}
+
+fn auth(vars: Vars) -> Result<Auth, Error> {
+    let Some(auth) = vars("SHORTBUS_AUTH") else {
+        return Ok(Auth::Open);
+    };
+    if auth != b"signed" {
+        return Err(Error::Setting("SHORTBUS_AUTH", String::from_utf8_lossy(&auth).into_owned(), AUTH_ALLOWED));
+    }
+    match vars("SHORTBUS_KEY") {
+        // Its length only: what is logged is read by many.
+        Some(key) if key.len() < limits::KEY_MIN => {
+            Err(Error::Setting("SHORTBUS_KEY", format!("{} bytes long", key.len()), KEY_ALLOWED))
+        }
+        key => Ok(Auth::Signed(key)),
     }
 }
 

@@ -7,8 +7,14 @@ use crate::store::StoreError;
 /// Why a request was not served. `Display` is the sentence for the client: what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// A query parameter is missing, repeated or no such number.
+    /// A query parameter is missing, repeated or not what it has to be.
     Parameter(&'static str, &'static str),
+    /// A publish on a signed bus is not by the user it names.
+    Signature(Signature),
+    /// The first request with this `once` is at work, or was too long ago to tell its outcome.
+    Undecided,
+    /// An earlier request with this `once` had another body.
+    Differs,
     /// CONTENT_LENGTH is not a number.
     Length,
     /// The body ended before CONTENT_LENGTH, or could not be read.
@@ -46,6 +52,27 @@ pub enum Error {
     OutcomeUnknown(String),
 }
 
+/// What is wrong with a signature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signature {
+    /// This query parameter is missing.
+    Missing(&'static str),
+    /// This query parameter is not what it has to be.
+    Malformed(&'static str),
+    /// It is not by this user's secret, over this request.
+    Wrong,
+    /// Its time is further back than the TTL.
+    TooOld,
+    /// Its time is further ahead than the TTL.
+    ClockAhead,
+}
+
+impl From<Signature> for Error {
+    fn from(wrong: Signature) -> Error {
+        Error::Signature(wrong)
+    }
+}
+
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Error {
         Error::Store(error)
@@ -63,8 +90,15 @@ impl Error {
             Error::NotJson(_) => (400, "not_json"),
             Error::TooDeep => (400, "too_deep"),
             Error::Origin(_) => (403, "foreign_origin"),
+            Error::Signature(Signature::Missing(_)) => (403, "signature_missing"),
+            Error::Signature(Signature::Malformed(_)) => (403, "signature_malformed"),
+            Error::Signature(Signature::Wrong) => (403, "signature_wrong"),
+            Error::Signature(Signature::TooOld) => (403, "signature_too_old"),
+            Error::Signature(Signature::ClockAhead) => (403, "signature_clock_ahead"),
             Error::Path(_) => (404, "unknown_path"),
             Error::Method(..) => (405, "bad_method"),
+            Error::Undecided => (409, "once_undecided"),
+            Error::Differs => (409, "once_differs"),
             Error::TooLarge { .. } => (413, "too_large"),
             Error::Setting(..) => (500, "bad_setting"),
             Error::Busy => (503, "busy"),
@@ -95,8 +129,37 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Parameter(name, wrong) => {
-                write!(f, "The query parameter '{name}' {wrong}; give it once, as a whole number from 0 to 2^53-1.")
+                let right = match *name {
+                    "once" => "1 to 64 characters of A-Z a-z 0-9 - _",
+                    _ => "a whole number from 0 to 2^53-1",
+                };
+                write!(f, "The query parameter '{name}' {wrong}; give it one time, as {right}.")
             }
+            Error::Signature(Signature::Missing(name)) => {
+                write!(f, "This bus is signed: join it for a secret, and publish with once, time and sig; '{name}' is missing.")
+            }
+            Error::Signature(Signature::Malformed(name)) => {
+                let right = match *name {
+                    "sig" => "43 characters of base64url, without padding",
+                    _ => "the Unix time in milliseconds",
+                };
+                write!(f, "The query parameter '{name}' has to be given one time, as {right}.")
+            }
+            Error::Signature(Signature::Wrong) => {
+                f.write_str("The signature is not this user's over this message; if memcached was restarted, join again.")
+            }
+            Error::Signature(Signature::TooOld) => {
+                f.write_str("The signature's time is too long ago; sign again, and check this device's clock.")
+            }
+            Error::Signature(Signature::ClockAhead) => {
+                f.write_str("The signature's time is too far in the future; check this device's clock.")
+            }
+            Error::Undecided => f.write_str(
+                "A message of this user with this 'once' is being published, or was too long ago to tell; ask again later.",
+            ),
+            Error::Differs => f.write_str(
+                "This user has published another message with this 'once'; take a new one for a new message.",
+            ),
             Error::Length => f.write_str("Content-Length is not a number."),
             Error::Incomplete { read } => {
                 write!(f, "The body ended after {read} bytes, before its Content-Length; send it again.")

@@ -10,19 +10,23 @@
 //!    origin.
 //! 7. All waiting for memcached is bounded by [`crate::limits::STORE_DEADLINE`].
 //! 8. stderr gets one line, control characters escaped.
+//! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time.
 
+use std::borrow::Cow;
 use std::io::Read;
 
 use rand::TryRng;
 use rand::rngs::SysRng;
 use url::form_urlencoded;
 
-use crate::bus;
-use crate::config::{Config, Vars, whole_number};
+use crate::bus::{self, Once};
+use crate::config::{Auth, Config, Vars, whole_number};
 use crate::error::Error;
 use crate::files::{self, File};
 use crate::limits;
+use crate::memcached;
 use crate::message;
+use crate::signature::{self, Signed};
 use crate::store::{Store, StoreError};
 
 const METHODS: &str = "GET, HEAD, POST, OPTIONS";
@@ -68,6 +72,7 @@ impl Response {
             403 => "Forbidden",
             404 => "Not Found",
             405 => "Method Not Allowed",
+            409 => "Conflict",
             413 => "Content Too Large",
             500 => "Internal Server Error",
             _ => "Service Unavailable",
@@ -127,8 +132,17 @@ async fn route<S: Store>(
     match &method[..] {
         b"GET" | b"HEAD" => match (parameter(&query, "user")?, parameter(&query, "id")?) {
             (None, None) => {
-                let id = bus::join(&mut open(config)?).await?;
-                Ok(Response::json(format!("{{\"user\":{},\"id\":{id}}}", random_user())))
+                let mut store = open(config)?;
+                let id = bus::join(&mut store).await?;
+                let user = random_id();
+                let secret = match bus_key(&mut store, config, true).await? {
+                    Some(key) => {
+                        let (bus, secret) = (memcached::encode_name(&config.bus), signature::secret(&key, user));
+                        format!(",\"bus\":\"{bus}\",\"secret\":\"{secret}\"")
+                    }
+                    None => String::new(),
+                };
+                Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}{secret}}}")))
             }
             (_, None) => Err(Error::Parameter("id", "is missing")),
             (user, Some(after)) => {
@@ -144,9 +158,21 @@ async fn route<S: Store>(
         b"POST" => {
             check_origin(vars, config)?;
             let user = parameter(&query, "user")?.ok_or(Error::Parameter("user", "is missing"))?;
+            let once = once(&query)?;
             let body = body?;
             let data = message::check(&body)?;
-            let id = bus::publish(&mut open(config)?, user, data, config.ttl).await?;
+            let signed = match config.auth {
+                Auth::Open => None,
+                Auth::Signed(_) => Some(Signed::read(&query, user, once.as_deref(), &body)?),
+            };
+            let mut store = open(config)?;
+            if let Some(signed) = signed {
+                let key = bus_key(&mut store, config, false).await?;
+                signed.check(key.as_deref(), &config.bus, store.unix_micros() / 1_000, config.clock_window())?;
+            }
+            let name = once.map(|once| format!("{user}:{once}"));
+            let once = name.as_ref().map(|name| Once { name, token: random_id(), ttl: config.once_ttl() });
+            let id = bus::publish(&mut store, user, data, config.ttl, once).await?;
             Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}}}")))
         }
         b"OPTIONS" => {
@@ -184,6 +210,7 @@ fn failure(bus: &[u8], error: &Error) -> Response {
     response.status = status;
     match error {
         Error::Method(_, allowed) => response.header("Allow", allowed),
+        Error::Undecided => response.header("Retry-After", limits::RETRY_AFTER),
         _ if status == 503 => response.header("Retry-After", limits::RETRY_AFTER),
         _ => {}
     }
@@ -198,23 +225,60 @@ fn printable(char: char) -> impl Iterator<Item = char> {
     plain.then_some(char).into_iter().chain((!plain).then(|| char.escape_debug()).into_iter().flatten())
 }
 
-/// A query parameter by the WHATWG's rules (`application/x-www-form-urlencoded`): an id, or nothing.
-fn parameter(query: &[u8], name: &'static str) -> Result<Option<u64>, Error> {
+/// A query parameter by the WHATWG's rules (`application/x-www-form-urlencoded`), if it is there.
+///
+/// # Errors
+/// [`Error::Parameter`] where it is given twice.
+pub fn value<'a>(query: &'a [u8], name: &'static str) -> Result<Option<Cow<'a, str>>, Error> {
     let mut values = form_urlencoded::parse(query).filter(|(key, _)| key == name);
-    let Some((_, value)) = values.next() else {
+    let first = values.next().map(|(_, value)| value);
+    match values.next() {
+        Some(_) => Err(Error::Parameter(name, "is given twice")),
+        None => Ok(first),
+    }
+}
+
+/// A query parameter that is an id, if it is there.
+fn parameter(query: &[u8], name: &'static str) -> Result<Option<u64>, Error> {
+    let Some(value) = value(query, name)? else {
         return Ok(None);
     };
-    if values.next().is_some() {
-        return Err(Error::Parameter(name, "is given twice"));
-    }
     match whole_number(value.as_bytes()) {
         Some(id) if id <= limits::MAX_ID => Ok(Some(id)),
         _ => Err(Error::Parameter(name, "is not an id")),
     }
 }
 
-/// A random user, so that two of them never meet, also after a restart.
-fn random_user() -> u64 {
+/// The user's name for a send that may be repeated, if it has one.
+fn once(query: &[u8]) -> Result<Option<Cow<'_, str>>, Error> {
+    let once = value(query, "once")?;
+    let fits = |once: &str| {
+        (1..=limits::ONCE_MAX).contains(&once.len())
+            && once.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+    };
+    match once {
+        Some(once) if !fits(&once) => Err(Error::Parameter("once", "is not what it has to be")),
+        once => Ok(once),
+    }
+}
+
+/// The key of a signed bus: the operator's, or what memcached keeps, made where there is none yet if `create`.
+async fn bus_key(store: &mut impl Store, config: &Config, create: bool) -> Result<Option<Vec<u8>>, Error> {
+    let Auth::Signed(key) = &config.auth else {
+        return Ok(None);
+    };
+    if key.is_some() {
+        return Ok(key.clone());
+    }
+    let mut fresh = [0; limits::KEY_MIN];
+    if create {
+        SysRng.try_fill_bytes(&mut fresh).expect("getrandom");
+    }
+    bus::key(store, create.then_some(&fresh)).await
+}
+
+/// A random id, so that two users, or two sends, never meet, also after a restart.
+fn random_id() -> u64 {
     // The kernel always has random bytes once it is up: getrandom(2) fails on no system that runs a web server.
     SysRng.try_next_u64().expect("getrandom") & limits::MAX_ID
 }
@@ -271,7 +335,7 @@ fn allow_origin(vars: Vars, config: &Config, response: &mut Response) {
         response.header("Access-Control-Allow-Headers", "Content-Type");
         response.header("Access-Control-Max-Age", limits::PREFLIGHT_AGE);
     } else {
-        response.header("Access-Control-Expose-Headers", "Shortbus-Last-Id, Shortbus-Missed, Retry-After");
+        response.header("Access-Control-Expose-Headers", "Shortbus-Last-Id, Shortbus-Missed, Retry-After, Date");
     }
 }
 

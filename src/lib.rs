@@ -5,7 +5,7 @@
 //! - [`cgi`] takes the request from the environment and stdin, and writes the response to stdout, at once;
 //! - [`config`] reads the settings, [`http`] checks the request and routes it;
 //! - [`files`] are the browser client and the page;
-//! - [`message`] checks what is published;
+//! - [`message`] checks what is published, [`signature`] by whom;
 //! - [`bus`] is the delivery protocol, the heart of it: join, publish, poll, over the operations of [`store`];
 //! - [`memcached`] carries them out, each batch in one write;
 //! - [`hash`] shortens long names for it, and tags the files;
@@ -24,4 +24,5 @@ pub mod http;
 pub mod limits;
 pub mod memcached;
 pub mod message;
+pub mod signature;
 pub mod store;

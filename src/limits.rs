@@ -24,8 +24,26 @@ pub const BYTES_MAX: usize = 1_000_000;
 pub const DEPTH_MAX: usize = 128;
 
 /// Longest percent-encoded bus name that goes into the keys as it is; a longer one is cut and hashed.
-/// `shortbus:` + name + `:` + a 16-digit id must stay within memcached's 250 bytes.
-pub const NAME_MAX: usize = 200;
+/// `shortbus:` + name + `:` + a 16-digit user id + `:` + [`ONCE_MAX`] must stay within memcached's 250 bytes.
+pub const NAME_MAX: usize = 150;
+
+/// Longest `once`, bytes: room for a UUID or a hash in hexadecimal digits.
+pub const ONCE_MAX: usize = 64;
+
+/// Seconds by memcached's clock for which the first of several requests with one `once` is taken to be at work. It is
+/// not: [`STORE_DEADLINE`] is over by then. Before that a repeat has to wait, afterwards it publishes itself.
+pub const ONCE_LEASE: u32 = 3;
+
+/// Seconds by memcached's clock that a `once` is remembered beyond twice the TTL: a message may be stored
+/// [`STALE`] after its record was read, and an item lives up to one second less than it was given.
+pub const ONCE_SLACK: u32 = 3;
+
+/// Least bytes of `SHORTBUS_KEY`: as many as SHA-256 gives out (RFC 2104 section 3).
+pub const KEY_MIN: usize = 32;
+
+/// Longest time, seconds, by which a signature's `time` may differ from the server's clock, where the TTL is longer.
+/// A signature can be good for twice as long, and for that long memcached has to remember its `once`.
+pub const CLOCK_MAX: u32 = TTL_MAX / 2 - ONCE_SLACK;
 
 /// Time for all of a request's talk with memcached: connecting and every exchange. With the process's own
 /// start it keeps the promise of an answer within two seconds.

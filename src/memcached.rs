@@ -69,7 +69,9 @@ impl Memcached {
 
     fn command(&self, op: &Op) -> MetaCommand {
         let slot = |id: &u64| format!("{}{id}", self.prefix);
-        let last = || format!("{}last", self.prefix);
+        // A slot's key is a number, a record's has a colon.
+        let named = |name: &str| format!("{}{name}", self.prefix);
+        let last = || named("last");
         match op {
             Op::Last => MetaCommand::new(MetaOp::Get, last()).flag("v").flag("c"),
             Op::Create(start) => MetaCommand::new(MetaOp::Set, last()).flag("ME").value(start.to_string()),
@@ -79,6 +81,13 @@ impl Memcached {
             }
             Op::Get(id) => MetaCommand::new(MetaOp::Get, slot(id)).flag("v"),
             Op::Probe(id) => MetaCommand::new(MetaOp::Get, slot(id)),
+            Op::Claim { once, token, ttl } => {
+                MetaCommand::new(MetaOp::Set, named(once)).flag("ME").flag(format!("T{ttl}")).value(token.to_string())
+            }
+            Op::Note(once, id) => MetaCommand::new(MetaOp::Set, named(once)).flag("MA").value(format!(" {id}")),
+            Op::Record(once) => MetaCommand::new(MetaOp::Get, named(once)).flag("v").flag("t"),
+            Op::Key => MetaCommand::new(MetaOp::Get, named("key")).flag("v"),
+            Op::CreateKey(key) => MetaCommand::new(MetaOp::Set, named("key")).flag("ME").value(*key),
         }
     }
 }
@@ -191,18 +200,38 @@ fn reply(op: &Op, response: MetaResponse) -> Option<Reply> {
             let cas = response.flags().find_map(|flag| crate::config::whole_number(flag.strip_prefix(b"c")?))?;
             Some(Reply::Counter(Counter { value, cas }))
         }
-        (Op::Get(_), ReturnCode::Va) => response.into_value().map(Reply::Value),
-        (Op::Last | Op::Get(_) | Op::Probe(_), ReturnCode::En) => Some(Reply::Missing),
+        (Op::Get(_) | Op::Key, ReturnCode::Va) => response.into_value().map(Reply::Value),
+        (Op::Record(_), ReturnCode::Va) => {
+            let left = response.flags().find_map(|flag| crate::config::whole_number(flag.strip_prefix(b"t")?))?;
+            Some(Reply::Record(response.into_value()?, u32::try_from(left).ok()?))
+        }
+        (Op::Last | Op::Get(_) | Op::Probe(_) | Op::Record(_) | Op::Key, ReturnCode::En) => Some(Reply::Missing),
         (Op::Advance(_), ReturnCode::Nf) => Some(Reply::Missing),
-        (Op::Create(_) | Op::Add { .. }, ReturnCode::Ns) | (Op::Advance(_), ReturnCode::Ex) => Some(Reply::Taken),
-        (Op::Create(_) | Op::Add { .. } | Op::Advance(_) | Op::Probe(_), ReturnCode::Hd) => Some(Reply::Stored),
+        (Op::Advance(_), ReturnCode::Ex) => Some(Reply::Taken),
+        (Op::Get(_) | Op::Last | Op::Record(_) | Op::Key, _) => None,
+        (Op::Advance(_) | Op::Probe(_), ReturnCode::Hd) => Some(Reply::Stored),
+        (Op::Advance(_) | Op::Probe(_), _) => None,
+        // The rest are writes that depend on what is there.
+        (_, ReturnCode::Hd) => Some(Reply::Stored),
+        (_, ReturnCode::Ns) => Some(Reply::Taken),
         _ => None,
     }
 }
 
-/// `shortbus:NAME:`, the name percent-encoded (RFC 3986 section 2.1) but for unreserved characters, so that no two
-/// names share a key and no key holds a space. A name too long for memcached's 250 bytes is cut and hashed.
+/// `shortbus:NAME:`, where no two names share a key and no key holds a space. A name too long for memcached's 250
+/// bytes is cut and hashed.
 fn key_prefix(bus: &[u8]) -> String {
+    let mut name = encode_name(bus);
+    if name.len() > limits::NAME_MAX {
+        // '*' stands in no encoded name, so a cut name is never another bus's whole one.
+        name.truncate(limits::NAME_MAX - 33);
+        name.push_str(&format!("*{:032x}", hash::fnv1a_128(bus)));
+    }
+    format!("shortbus:{name}:")
+}
+
+/// A bus's name, percent-encoded (RFC 3986 section 2.1) but for unreserved characters.
+pub fn encode_name(bus: &[u8]) -> String {
     let mut name = String::with_capacity(bus.len());
     for &byte in bus {
         match byte {
@@ -210,12 +239,7 @@ fn key_prefix(bus: &[u8]) -> String {
             _ => name.push_str(&format!("%{byte:02X}")),
         }
     }
-    if name.len() > limits::NAME_MAX {
-        // '*' stands in no encoded name, so a cut name is never another bus's whole one.
-        name.truncate(limits::NAME_MAX - 33);
-        name.push_str(&format!("*{:032x}", hash::fnv1a_128(bus)));
-    }
-    format!("shortbus:{name}:")
+    name
 }
 
 #[cfg(test)]
@@ -229,12 +253,20 @@ mod tests {
             ["chat", "Chat", "a b", "a%20b", "a:last", "a", "last", "π", ".", "%", "*", "a\u{7f}b", "nph-chat"]
                 .iter()
                 .map(|name| name.as_bytes().to_vec())
-                .chain([vec![0xff], vec![0xfe], long(1), long(2), vec![b'x'; 200], vec![b'x'; 201], vec![b'x'; 255]])
+                .chain([
+                    vec![0xff],
+                    vec![0xfe],
+                    long(1),
+                    long(2),
+                    vec![b'x'; limits::NAME_MAX],
+                    vec![b'x'; limits::NAME_MAX + 1],
+                    vec![b'x'; 255],
+                ])
                 .collect();
         let keys: std::collections::HashSet<String> = names.iter().map(|name| key_prefix(name)).collect();
         assert_eq!(keys.len(), names.len());
         for key in keys {
-            assert!(key.len() + limits::MAX_ID.to_string().len() <= 250, "{key}");
+            assert!(key.len() + limits::MAX_ID.to_string().len() + 1 + limits::ONCE_MAX <= 250, "{key}");
             assert!(key.bytes().all(|byte| byte.is_ascii_graphic()), "{key}");
         }
     }

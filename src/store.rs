@@ -15,11 +15,11 @@ pub enum Op<'a> {
     /// Increment `last` by one if its CAS token is still this one: [`Reply::Stored`], [`Reply::Taken`] if not,
     /// [`Reply::Missing`].
     Advance(u64),
-    /// Write a slot that does not exist yet, for `ttl` seconds: [`Reply::Stored`] or [`Reply::Taken`].
+    /// Write a slot that does not exist yet: [`Reply::Stored`] or [`Reply::Taken`].
     Add {
         /// The slot.
         id: u64,
-        /// The user's id, a space, the message.
+        /// Who sent it, a space, the message.
         value: &'a [u8],
         /// Seconds, as memcached counts them.
         ttl: u32,
@@ -28,6 +28,23 @@ pub enum Op<'a> {
     Get(u64),
     /// Whether a slot lives, without its value: [`Reply::Stored`] or [`Reply::Missing`].
     Probe(u64),
+    /// Write the record of a send that may be repeated, unless there is one: [`Reply::Stored`] or [`Reply::Taken`].
+    Claim {
+        /// The user's id, a colon, the user's name for the send: the record's key.
+        once: &'a str,
+        /// What the record begins with.
+        token: u64,
+        /// Seconds, as memcached counts them.
+        ttl: u32,
+    },
+    /// Append a space and an id to a record: [`Reply::Stored`] or [`Reply::Taken`], where there is none.
+    Note(&'a str, u64),
+    /// Read a record: [`Reply::Record`] or [`Reply::Missing`].
+    Record(&'a str),
+    /// Read the bus key: [`Reply::Value`] or [`Reply::Missing`].
+    Key,
+    /// Write the bus key, which never expires, unless there is one: [`Reply::Stored`] or [`Reply::Taken`].
+    CreateKey(&'a [u8]),
 }
 
 /// The answer to one [`Op`].
@@ -35,8 +52,10 @@ pub enum Op<'a> {
 pub enum Reply {
     /// `last` and its CAS token.
     Counter(Counter),
-    /// A slot's value.
+    /// A slot's value, or the bus key.
     Value(Vec<u8>),
+    /// A record, and for how many seconds, as memcached counts them, it lives still.
+    Record(Vec<u8>, u32),
     /// Done, or there.
     Stored,
     /// Not done: another was first.

@@ -37,6 +37,22 @@ fn its_curl_lines_work_as_written() {
 }
 
 #[test]
+fn its_signature_by_openssl_is_right_as_written() {
+    let site = Site::with(Front::ApacheCgid, &[("", &[("SHORTBUS_AUTH", "signed")])]);
+    site.copy("chat");
+    let lines = block("From a terminal, on a signed bus").replace("http://localhost/", &site.url());
+    assert_eq!(lines.lines().count(), 8, "{lines}");
+    // A secret may begin with any of base64url's characters, a hyphen too; and '+' and '/' have to go.
+    for _ in 0..20 {
+        let output = Command::new("sh").args(["-ec", &lines.replace("curl", "curl -sS")]).output().unwrap();
+        let printed = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{printed}");
+        let id = site.join("chat").1;
+        assert!(printed.starts_with("{\"user\":") && printed.ends_with(&format!(",\"id\":{id}}}\n")), "{printed}");
+    }
+}
+
+#[test]
 fn it_lists_every_error_with_its_status() {
     let source = file("src/error.rs");
     let in_source: BTreeSet<(String, String)> = (source.split("=> (").skip(1))
@@ -67,7 +83,7 @@ fn readme_help_and_examples_name_the_same_settings() {
         words.filter(|word| word.starts_with("SHORTBUS_") && !word.contains("KEEP")).map(String::from).collect()
     };
     let source = names(&file("src/config.rs"));
-    assert_eq!(source.len(), 5, "{source:?}");
+    assert_eq!(source.len(), 7, "{source:?}");
     assert_eq!(names(&file("README.md")), source);
     assert_eq!(names(&help), source);
     for example in ["apache-example.conf", "nginx-example.conf"] {

@@ -1,5 +1,6 @@
 //! A seeded simulation of the delivery protocol: the real `join`, `publish` and `poll` over a model of memcached,
-//! one operation at a time, with crashes, pauses, lost answers and expiry, and the promise checked at every poll.
+//! one operation at a time, with crashes, pauses, lost answers and expiry, and the promise checked at every poll; and
+//! for what is sent with a `once`, by several that repeat it, that no two messages come of it.
 //!
 //! *Clean* schedules keep to what the promise assumes; *dirty* ones evict, restart, lose the counter and refuse
 //! memory, and the bus has to work again afterwards. Each rule of the protocol is also broken, to see it caught.
@@ -16,7 +17,7 @@ use std::sync::Mutex;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use shortbus::bus::{self, Page};
+use shortbus::bus::{self, Once, Page};
 use shortbus::error::Error;
 use shortbus::limits;
 use shortbus::store::{Counter, Op, Reply, Store, StoreError};
@@ -32,6 +33,8 @@ const CAUGHT: u64 = 2_000;
 const STEPS_MAX: usize = 100_000;
 /// Most disturbances of a dirty schedule.
 const DISTURBANCES: u64 = 5;
+/// By how much other data for the same send is larger.
+const OTHER: u64 = 5_000;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Protocol {
@@ -47,6 +50,18 @@ enum Protocol {
     MovedLastUnseen,
     /// One read of `last` is believed, though it may be torn.
     TornReadBelieved,
+    /// The slot is stored first, its id noted in the record then.
+    SlotBeforeNote,
+    /// And no lease, which keeps requests from meeting.
+    RecordBeforeLast,
+    /// The record says that there was a first request, not which ids were tried.
+    IdsUnseen,
+    /// Any message of the user is taken for the one sent.
+    TokenIgnored,
+    /// A repeat never waits for the first to be over.
+    NoLease,
+    /// The record is kept for the TTL after the first request, not after the last that may publish.
+    ShortRecord,
 }
 
 /// splitmix64.
@@ -79,6 +94,8 @@ struct Hazards {
     disturb: u64,
     /// Of the adds: no memory.
     full: u64,
+    /// Of the sends that may be repeated: it has other data.
+    differ: u64,
 }
 
 /// A batch on its way, or answered.
@@ -92,6 +109,8 @@ struct Exchange {
     deadline: u64,
     /// How often `last` had been advanced at its operation before.
     seen: u64,
+    /// When its sender had read a record.
+    record_read: u64,
 }
 
 /// What went into a slot. A message's data is a number used once, and says whose it is.
@@ -101,6 +120,23 @@ struct Stored {
     data: u64,
     at: u64,
     expires: u64,
+    /// The token of a send that may be repeated.
+    token: Option<u64>,
+    /// When polls were past the slot.
+    late: bool,
+    /// How long after its record was read.
+    slept: u64,
+}
+
+/// What is kept of a send that may be repeated, also when it has expired.
+struct Record {
+    text: String,
+    claimed_at: u64,
+    /// The tick at which it was claimed, and the one it expires at.
+    claimed: u64,
+    expires: u64,
+    /// The ids that were answered.
+    answered: Vec<u64>,
 }
 
 /// What the model knows of an actor.
@@ -112,6 +148,10 @@ struct Life {
     errors: u64,
     /// Since it last began something: batches, operations and tries to claim a slot.
     cost: [u64; 3],
+    /// When it was last the first to send something that may be repeated.
+    claimed: u64,
+    /// When it last read a record.
+    record_read: u64,
 }
 
 #[derive(Default)]
@@ -123,6 +163,8 @@ struct World {
     clean: bool,
     /// Seconds, the same for all: a bus has one setting.
     ttl: u64,
+    /// Seconds for which a record is kept.
+    once_ttl: u64,
     /// True time, microseconds.
     now: u64,
     /// How far memcached's ticks are from true seconds.
@@ -138,7 +180,13 @@ struct World {
     cas: u64,
     /// Value and the tick it expires at.
     slots: BTreeMap<u64, (Vec<u8>, u64)>,
+    /// By name.
+    records: BTreeMap<Vec<u8>, Record>,
+    /// The bus key, and those before, each with the time since when.
+    keys: Vec<(u64, Option<Vec<u8>>)>,
     exchanges: Vec<Exchange>,
+    /// When the record was read that its sender knows, of the exchange that runs.
+    record_read: u64,
     lives: Vec<Life>,
     /// Publishers at work.
     publishing: usize,
@@ -160,13 +208,29 @@ impl World {
     fn new(seed: u64, protocol: Protocol, clean: bool) -> World {
         let mut rng = Rng(seed);
         let mut often = |n| if rng.one_in(3) { 0 } else { n };
-        let mut hazards = Hazards { crash: often(25), freeze: often(12), lag: often(12), ..Hazards::default() };
+        let mut hazards =
+            Hazards { crash: often(25), freeze: often(12), lag: often(12), differ: often(12), ..Hazards::default() };
         if !clean {
             hazards = Hazards { full: often(10), disturb: 30 << rng.below(4), ..hazards };
         }
-        let (ttl, phase, disturbances) = (1 + rng.below(5), rng.below(SECOND), 1 + rng.below(DISTURBANCES));
+        let (ttl, phase, disturbances) = (1 + rng.below(8), rng.below(SECOND), 1 + rng.below(DISTURBANCES));
+        // A repeat may publish until the TTL is over, and what it published is remembered for as long again.
+        let kept = if protocol == Protocol::ShortRecord { ttl } else { 2 * ttl };
+        let once_ttl = kept + u64::from(limits::ONCE_SLACK);
         let promised = if clean { 0 } else { u64::MAX };
-        World { rng, protocol, hazards, disturbances, clean, ttl, phase, promised, ..World::default() }
+        World {
+            rng,
+            protocol,
+            hazards,
+            disturbances,
+            clean,
+            ttl,
+            once_ttl,
+            phase,
+            promised,
+            keys: vec![(0, None)],
+            ..World::default()
+        }
     }
 
     fn log(&self, line: impl FnOnce() -> String) {
@@ -202,7 +266,7 @@ impl World {
         let lag = if self.rng.one_in(self.hazards.lag) { self.rng.below(longest) } else { 0 };
         let deadline = self.now + limits::STORE_DEADLINE.as_micros() as u64;
         let arrives = self.now + lag;
-        let seen = self.advances;
+        let (seen, record_read) = (self.advances, self.lives[actor].record_read);
         self.exchanges.push(Exchange {
             owner: Some(actor),
             ops,
@@ -211,6 +275,7 @@ impl World {
             arrives,
             deadline,
             seen,
+            record_read,
         });
     }
 
@@ -244,12 +309,15 @@ impl World {
     /// Runs the next operation of an exchange, or tells who dies instead.
     fn run_next(&mut self, at: usize) -> Option<usize> {
         let owner = self.exchanges[at].owner;
-        let write = matches!(self.exchanges[at].ops[0].0, Op::Add { .. } | Op::Advance(_));
+        let write =
+            !matches!(self.exchanges[at].ops[0].0, Op::Last | Op::Get(_) | Op::Probe(_) | Op::Record(_) | Op::Key);
         if write && owner.is_some() && self.rng.one_in(self.hazards.crash) {
             self.abandon(at, ["crash, cut off", "crash, runs on"]);
             return owner;
         }
         let (op, value) = self.exchanges[at].ops.pop_front()?;
+        self.record_read = self.exchanges[at].record_read;
+        let name = String::from_utf8_lossy(&value).into_owned();
         let mut reply = self.execute(&op, value);
         // As memcached's incr does it, to one who reads just then.
         let torn = self.torn.filter(|torn| self.last.is_some_and(|last| last.cas == torn.cas));
@@ -261,10 +329,18 @@ impl World {
             reply = Ok(Reply::Counter(torn));
         }
         self.exchanges[at].seen = self.advances;
-        self.log(|| format!("{}: {op:?} -> {reply:?}", owner.map_or("nobody".into(), |actor| actor.to_string())));
+        self.log(|| {
+            format!("{}: {op:?} {name} -> {reply:?}", owner.map_or("nobody".into(), |actor| actor.to_string()))
+        });
         let taken = self.exchanges[at].replies.last() == Some(&Reply::Taken);
         if taken && matches!((op, &reply), (Op::Advance(_), Ok(Reply::Stored))) {
             self.count("helped advance");
+        }
+        if let (Op::Claim { .. }, Ok(Reply::Stored), Some(actor)) = (op, &reply, owner) {
+            self.lives[actor].claimed = self.now;
+        }
+        if let (Op::Record(_), Some(actor)) = (op, owner) {
+            self.lives[actor].record_read = self.now;
         }
         let exchange = &mut self.exchanges[at];
         match reply {
@@ -292,6 +368,12 @@ impl World {
         self.slots.get(&id).map(|(value, _)| &value[..])
     }
 
+    /// The record of this name, if it lives.
+    fn record(&mut self, name: &[u8]) -> Option<&mut Record> {
+        let tick = self.tick();
+        self.records.get_mut(name).filter(|record| tick < record.expires)
+    }
+
     /// One operation, as memcached does it.
     fn execute(&mut self, op: &Op, value: Vec<u8>) -> Result<Reply, StoreError> {
         Ok(match *op {
@@ -305,14 +387,19 @@ impl World {
                 Some(counter) if counter.cas == cas => {
                     self.advances += 1;
                     self.torn = Some(Counter { value: counter.value, cas: self.cas + 1 });
-                    self.set_last(counter.value + 1)
+                    self.set_last(counter.value + 1);
+                    self.check_twice(counter.value + 1);
+                    Reply::Stored
                 }
                 Some(_) => Reply::Taken,
                 None => Reply::Missing,
             },
-            Op::Add { id, .. } if self.rng.one_in(self.hazards.full) => {
-                // It drops what the slot held, too: "avoid stale data" in process_mset_command.
-                self.slots.remove(&id);
+            Op::Add { .. } | Op::Claim { .. } | Op::Note(..) if self.rng.one_in(self.hazards.full) => {
+                // It drops what the key held, too: "avoid stale data" in process_mset_command.
+                match *op {
+                    Op::Add { id, .. } => drop(self.slots.remove(&id)),
+                    _ => drop(self.records.remove(&value)),
+                }
                 self.count("refusal");
                 return Err(StoreError::Full("the model".into()));
             }
@@ -323,17 +410,58 @@ impl World {
             Op::Add { id, ttl, .. } => {
                 let expires = self.tick() + u64::from(ttl);
                 let text = std::str::from_utf8(&value).expect("text");
-                let data = text.split_once(' ').and_then(|(_, data)| data.parse().ok()).expect("user, space, data");
+                let (sender, data) = text.split_once(' ').expect("sender, space, data");
+                let token = sender.split_once('.').map(|(_, token)| token.parse().expect("a token"));
+                let data = data.parse().expect("a number");
                 // A slot that expired before `last` named it, its publisher being dead, was nobody's.
                 let unseen = self.clean && self.last.is_some_and(|last| last.value < id);
                 self.stored.iter_mut().filter(|stored| unseen && stored.id == id).for_each(|stored| stored.id = 0);
-                self.stored.push(Stored { id, data, at: self.now, expires });
+                let late = self.last.is_some_and(|last| id <= last.value);
+                let (at, slept) = (self.now, self.now - self.record_read);
+                self.stored.push(Stored { id, data, at, expires, token, late, slept });
+                if late {
+                    self.check_twice(id);
+                }
                 self.slots.insert(id, (value, expires));
                 Reply::Stored
             }
             Op::Get(id) => self.slot(id).map_or(Reply::Missing, |value| Reply::Value(value.into())),
             Op::Probe(id) => self.slot(id).map_or(Reply::Missing, |_| Reply::Stored),
+            Op::Claim { .. } if self.record(&value).is_some() => Reply::Taken,
+            Op::Claim { token, ttl, .. } => {
+                let claimed = self.tick();
+                let (text, expires) = (token.to_string(), claimed + u64::from(ttl));
+                let record = Record { text, claimed_at: self.now, claimed, expires, answered: vec![] };
+                if self.records.insert(value, record).is_some() {
+                    self.count("claimed again");
+                }
+                Reply::Stored
+            }
+            Op::Note(_, id) => self.record(&value).map_or(Reply::Taken, |record| {
+                record.text += &format!(" {id}");
+                Reply::Stored
+            }),
+            Op::Record(_) => {
+                let tick = self.tick();
+                let left = |record: &Record| (record.expires - tick) as u32;
+                let reply = |record: &mut Record| Reply::Record(record.text.clone().into(), left(record));
+                self.record(&value).map_or(Reply::Missing, reply)
+            }
+            Op::Key => self.key().map_or(Reply::Missing, Reply::Value),
+            Op::CreateKey(_) if self.key().is_some() => Reply::Taken,
+            Op::CreateKey(_) => {
+                self.set_key(Some(value));
+                Reply::Stored
+            }
         })
+    }
+
+    fn key(&self) -> Option<Vec<u8>> {
+        self.keys.last().and_then(|(_, key)| key.clone())
+    }
+
+    fn set_key(&mut self, key: Option<Vec<u8>>) {
+        self.keys.push((self.now, key));
     }
 
     fn set_last(&mut self, value: u64) -> Reply {
@@ -344,7 +472,8 @@ impl World {
 
     /// What the promise excepts.
     fn disturb(&mut self) {
-        let event = ["slot evicted", "counter lost", "flush", "restart", "clock set back"][self.rng.below(5) as usize];
+        let events = ["slot evicted", "record evicted", "counter lost", "flush", "restart", "clock set back"];
+        let event = events[self.rng.below(6) as usize];
         self.count(event);
         self.log(|| event.into());
         match event {
@@ -353,11 +482,14 @@ impl World {
                 let mut n = 0..;
                 self.slots.retain(|_, _| n.next() != Some(nth));
             }
+            "record evicted" => drop(self.records.pop_first()),
             "counter lost" => self.last = None,
             "clock set back" => self.set_back += self.rng.below(3 * SECOND),
             _ => {
                 self.slots.clear();
+                self.records.clear();
                 self.last = None;
+                self.set_key(None);
             }
         }
         if event == "restart" {
@@ -381,6 +513,35 @@ impl World {
         self.promised = self.now;
     }
 
+    /// Of a send that may be repeated, one message is published within the TTL.
+    fn check_twice(&mut self, id: u64) {
+        let last = self.last.map_or(0, |last| last.value);
+        let Some(new) = self.stored.iter().rfind(|stored| stored.id == id).copied().filter(|_| self.clean) else {
+            return;
+        };
+        let published = |old: &Stored| old.id != id && (1..=last).contains(&old.id);
+        let again = |old: &&Stored| new.token.is_some() && published(old) && self.same(old, &new);
+        if let Some(old) = self.stored.iter().find(again).copied() {
+            self.violate("twice", format!("{} as {}, {} as {id}", old.data, old.id, new.data));
+        }
+    }
+
+    /// Whether these are of one send, and, where that may be repeated, less than the TTL apart.
+    ///
+    /// But for two of publishers that slept with their write under way, which nothing can recall. One slept until
+    /// the slot it was for, another's by then, had expired; some hear what it stored, and it is not acknowledged. The
+    /// other slept for longer than any request may take, at the end of its record's time, and beyond that.
+    fn same(&self, old: &Stored, new: &Stored) -> bool {
+        if new.token.is_none() {
+            return old.data == new.data;
+        }
+        let one = old.data % OTHER == new.data % OTHER && user_of(old.data) == user_of(new.data);
+        let expired = |stored: &Stored| stored.late && stored.slept > self.ttl * SECOND;
+        let longest = u64::from(limits::ONCE_SLACK - 1) * SECOND;
+        let forgotten = old.token != new.token && old.slept.max(new.slept) > longest;
+        one && old.at.abs_diff(new.at) < self.ttl * SECOND && !expired(old) && !expired(new) && !forgotten
+    }
+
     /// The messages that were stored under an id. The first is the one that all hear. Another is there where the
     /// counter was lost, or where a publisher came too late, and may not be acknowledged then.
     fn under(&self, id: u64) -> impl Iterator<Item = u64> {
@@ -396,9 +557,15 @@ fn user_of(data: u64) -> u64 {
     data / 10_000
 }
 
+/// An operation, and what it borrows: a value, or a record's name.
 fn owned(op: Op) -> (Op<'static>, Vec<u8>) {
     let op = match op {
         Op::Add { id, value, ttl } => return (Op::Add { id, value: &[], ttl }, value.into()),
+        Op::Claim { once, token, ttl } => return (Op::Claim { once: "", token, ttl }, once.into()),
+        Op::Note(once, id) => return (Op::Note("", id), once.into()),
+        Op::Record(once) => return (Op::Record(""), once.into()),
+        Op::CreateKey(key) => return (Op::CreateKey(&[]), key.into()),
+        Op::Key => Op::Key,
         Op::Last => Op::Last,
         Op::Create(start) => Op::Create(start),
         Op::Advance(cas) => Op::Advance(cas),
@@ -413,32 +580,40 @@ struct Client {
     world: Shared,
     actor: usize,
     protocol: Protocol,
+    /// The token of the record that was read last.
+    token: String,
 }
 
 impl Store for Client {
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError> {
         let mut order: Vec<usize> = (0..batch.len()).collect();
         let add = batch.iter().position(|op| matches!(op, Op::Add { .. }));
+        let twice = batch.windows(2).rposition(|ops| ops == [Op::Last, Op::Last]);
         match (self.protocol, add, batch) {
             (Protocol::AdvanceBeforeAdd, Some(add), _) => order.swap(add, add + 1),
             (Protocol::SlotsBeforeLast, _, [Op::Last, Op::Get(_), ..]) => order.rotate_left(1),
+            (Protocol::SlotBeforeNote, Some(add), [Op::Note(..), ..]) => order[..=add].rotate_left(1),
             _ => {}
+        }
+        if let (Protocol::RecordBeforeLast, Some(twice), [.., Op::Record(_)]) = (self.protocol, twice, batch) {
+            order[twice..].rotate_left(2);
         }
         self.world.borrow_mut().send(self.actor, order.iter().map(|&at| batch[at]));
         let answer = poll_fn(|_| self.world.borrow_mut().answer(self.actor)).await?;
         let mut replies = answer.clone();
         order.iter().zip(answer).for_each(|(&at, reply)| replies[at] = reply);
-        match (self.protocol, add, batch, &mut replies[0]) {
-            (Protocol::AckOnTaken, Some(add), ..) => replies[add] = Reply::Stored,
-            (Protocol::MovedLastUnseen, Some(_), [_, _, Op::Advance(read), ..], Reply::Counter(last)) => {
-                last.cas = *read
+        match (self.protocol, add, twice) {
+            (Protocol::AckOnTaken, Some(add), _) => replies[add] = Reply::Stored,
+            (Protocol::MovedLastUnseen, Some(add), _) => {
+                if let (Op::Advance(read), Reply::Counter(last)) = (batch[add + 1], &mut replies[add - 1]) {
+                    last.cas = read;
+                }
             }
+            (Protocol::TornReadBelieved, _, Some(twice)) => replies[twice + 1] = replies[twice].clone(),
             _ => {}
         }
-        if let (Protocol::TornReadBelieved, [.., one, two]) = (self.protocol, &mut replies[..])
-            && let [.., Op::Last, Op::Last] = batch
-        {
-            *two = one.clone();
+        for reply in &mut replies {
+            self.bend(reply);
         }
         Ok(replies)
     }
@@ -461,6 +636,32 @@ impl Store for Client {
 }
 
 impl Client {
+    /// What the broken protocols make of records, and of slots where they look for a send.
+    fn bend(&mut self, reply: &mut Reply) {
+        match (self.protocol, reply) {
+            (Protocol::IdsUnseen, Reply::Record(text, _)) => text.retain({
+                let mut token = true;
+                move |&byte| {
+                    token &= byte != b' ';
+                    token
+                }
+            }),
+            (Protocol::NoLease | Protocol::RecordBeforeLast, Reply::Record(_, left)) => {
+                *left = left.saturating_sub(limits::ONCE_LEASE)
+            }
+            (Protocol::TokenIgnored, Reply::Record(text, _)) => {
+                self.token = String::from_utf8_lossy(text).split(' ').next().unwrap_or_default().into();
+            }
+            (Protocol::TokenIgnored, Reply::Value(value)) if !self.token.is_empty() => {
+                let text = String::from_utf8_lossy(value).into_owned();
+                let (sender, data) = text.split_once(' ').expect("sender, data");
+                let user = sender.split('.').next().expect("a user");
+                *value = format!("{user}.{} {data}", self.token).into();
+            }
+            _ => {}
+        }
+    }
+
     async fn sleep(&self, micros: u64) {
         let wake = self.world.borrow().now + micros;
         self.world.borrow_mut().lives[self.actor].wake = wake;
@@ -475,53 +676,122 @@ impl Client {
     }
 }
 
+/// Sends each message once, without a `once`.
 async fn publisher(mut client: Client, user: u64, messages: u64) {
-    let (world, me) = (client.world.clone(), client.actor);
-    let (clean, ttl) = (world.borrow().clean, world.borrow().ttl as u32);
     for _ in 0..messages {
         client.idle(2 * SECOND).await;
-        world.borrow_mut().messages += 1;
-        world.borrow_mut().lives[me].cost = [0; 3];
-        let (begun, data) = (world.borrow().now, user_data(user, world.borrow().messages));
-        let (stored, errors) = (world.borrow().stored.len(), world.borrow().lives[me].errors);
-        let result = bus::publish(&mut client, user, data.to_string().as_bytes(), ttl).await;
-        let mut world = world.borrow_mut();
-        let [batches, _, tries] = world.lives[me].cost;
-        // To read `last` takes a batch, and one more where it has to be created.
-        if clean && batches > tries + 2 {
-            world.count("stale re-read");
-        }
-        // Whoever finds a slot taken finds another's success, or, once, what a dead publisher left behind.
-        let others = (world.stored.len() - stored) as u64;
-        if clean && tries > others + 2 {
-            world.violate("cost", format!("{data}: {tries} tries, {others} others"));
-        }
-        match result {
-            Ok(id) => {
-                let mine = |stored| stored == data;
-                if !if clean { world.under(id).next().is_some_and(mine) } else { world.under(id).any(mine) } {
-                    world.violate("wrongly acknowledged", format!("{data} as {id}"));
-                }
-                world.log(|| format!("{me}: {data} acknowledged as {id}"));
-                let message = world.stored.iter().rfind(|stored| stored.data == data).copied();
-                let now = world.now;
-                world.acknowledged.extend(message.map(|message| (message, begun, now)));
-            }
-            // It came too late, and says so.
-            Err(Error::OutcomeUnknown(_))
-                if world
-                    .stored
-                    .iter()
-                    .any(|stored| stored.data == data && world.under(stored.id).next() != Some(data)) =>
-            {
-                world.count("late")
-            }
-            Err(error) if clean && world.lives[me].errors == errors => {
-                world.violate("refused", format!("{data}: {error:?}"));
-            }
-            Err(_) => {}
+        let data = {
+            let mut world = client.world.borrow_mut();
+            world.messages += 1;
+            user_data(user, world.messages)
+        };
+        publish(&mut client, data, None).await;
+    }
+}
+
+/// One of several that send the same few messages, each with its `once`, time and again.
+async fn repeater(mut client: Client, user: u64, messages: u64, mut requests: u64) {
+    let world = client.world.clone();
+    let longest = (world.borrow().ttl + 4) * SECOND;
+    while requests > 0 {
+        client.idle(longest).await;
+        let (data, token, calm) = {
+            let world = &mut *world.borrow_mut();
+            let other = if world.rng.one_in(world.hazards.differ) { OTHER } else { 0 };
+            let token = world.rng.below(limits::MAX_ID);
+            (user_data(user, 1 + world.rng.below(messages) + other), token, !world.clean && world.promised <= world.now)
+        };
+        // Where nothing goes wrong any more, it gets its id.
+        requests -= u64::from(publish(&mut client, data, Some(token)).await || !calm);
+    }
+}
+
+/// One publish; whether it succeeded.
+async fn publish(client: &mut Client, data: u64, token: Option<u64>) -> bool {
+    let (world, me, user) = (client.world.clone(), client.actor, user_of(data));
+    world.borrow_mut().lives[me].cost = [0; 3];
+    let (clean, ttl, begun) = (world.borrow().clean, world.borrow().ttl, world.borrow().now);
+    let (stored, errors) = (world.borrow().stored.len(), world.borrow().lives[me].errors);
+    let (advances, new) = (world.borrow().advances, world.borrow().last.is_none());
+    let began = world.borrow().tick();
+    let name = format!("{user}:{}", data % OTHER);
+    let (once_ttl, repeatable) = (world.borrow().once_ttl as u32, token.is_some());
+    let once = token.map(|token| Once { name: &name, token, ttl: once_ttl });
+    let result = bus::publish(client, user, data.to_string().as_bytes(), ttl as u32, once).await;
+    let world = &mut *world.borrow_mut();
+    world.log(|| format!("{me}: {data} {result:?}"));
+    let [batches, _, tries] = world.lives[me].cost;
+    // To read `last` takes a batch, and one more where it has to be created.
+    if clean && batches > tries + 2 {
+        world.count("stale re-read");
+    }
+    // Whoever finds a slot taken finds another's success, or, once, what a dead publisher left behind.
+    let others = (world.stored.len() - stored) as u64;
+    if clean && tries > others + 2 {
+        world.violate("cost", format!("{data}: {tries} tries, {others} others"));
+    }
+    let first = !repeatable || world.lives[me].claimed >= begun;
+    let alone = world.now - begun < SECOND && !new && world.advances == advances + 1;
+    if clean && result.is_ok() && first && alone && world.protocol != Protocol::NoLease {
+        world.count(if repeatable { "first send in two round trips" } else { "send in two round trips" });
+        if batches > 2 {
+            world.violate("cost", format!("{data}: {batches} round trips"));
         }
     }
+    let tick = world.tick();
+    let (claimed, claimed_at) =
+        world.records.get(name.as_bytes()).map_or((tick, u64::MAX), |record| (record.claimed, record.claimed_at));
+    let age = |tick: u64| tick.saturating_sub(claimed);
+    match result {
+        Ok(id) => {
+            let mine = |stored| stored == data;
+            if !if clean { world.under(id).next().is_some_and(mine) } else { world.under(id).any(mine) } {
+                world.violate("wrongly acknowledged", format!("{data} as {id}"));
+            }
+            let message = world.stored.iter().rfind(|stored| stored.data == data && stored.id == id).copied();
+            if let Some(message) = message {
+                // Else it was stored under the record before.
+                let record = world.records.get_mut(name.as_bytes()).filter(|_| repeatable);
+                if let Some(record) = record.filter(|record| record.claimed_at <= message.at) {
+                    record.answered.push(id);
+                    let answered = format!("{data}: {:?}", record.answered);
+                    if clean && record.answered.iter().any(|&other| other != id) {
+                        world.violate("answers differ", answered);
+                    }
+                }
+                if repeatable && !first {
+                    world.count(if message.at < begun { "answer to a repeat" } else { "published by a repeat" });
+                }
+                let now = world.now;
+                world.acknowledged.push((message, begun.min(message.at), now));
+            }
+        }
+        Err(Error::Undecided) if repeatable => {
+            // A working repeat has to wait for the lease, and to come in time, and for nothing else.
+            let due = first && world.lives[me].claimed == claimed_at || age(began) >= u64::from(limits::ONCE_LEASE);
+            let in_time = age(tick) <= ttl;
+            world.count(if in_time { "first at work" } else { "too long ago" });
+            if clean && due && in_time && world.protocol != Protocol::NoLease {
+                world.violate("undecided", data.to_string());
+            }
+        }
+        Err(Error::Differs) if repeatable => {
+            world.count("differs");
+            let other = |stored: &Stored| stored.data.abs_diff(data) == OTHER;
+            if clean && !world.stored.iter().any(other) {
+                world.violate("differs from nothing", data.to_string());
+            }
+        }
+        // It came too late, and says so.
+        Err(Error::OutcomeUnknown(_)) if world.stored.iter().any(|stored| stored.data == data && stored.late) => {
+            world.count("late")
+        }
+        Err(ref error) if clean && world.lives[me].errors == errors => {
+            world.violate("refused", format!("{data}: {error:?}"));
+        }
+        Err(_) => {}
+    }
+    result.is_ok()
 }
 
 /// A client that polls, and what it has heard.
@@ -589,7 +859,12 @@ impl Poller {
                 world.violate("disorder", format!("{id} after {before}, up to {last_id}, to {me}"));
             }
             before = id;
-            if self.heard.iter().any(|heard| heard.0 == id || world.clean && heard.1 == data) {
+            let stored = |id, data| world.stored.iter().rfind(move |stored| (stored.id, stored.data) == (id, data));
+            let again = |heard: &(u64, u64)| {
+                let both = stored(heard.0, heard.1).zip(stored(id, data));
+                world.clean && both.is_some_and(|(old, new)| world.same(old, new))
+            };
+            if self.heard.iter().any(|heard| heard.0 == id || again(heard)) {
                 world.violate("duplicate", format!("{data} as {id}, to {me}"));
             }
             self.heard.push((id, data));
@@ -682,7 +957,12 @@ impl Simulation {
         let mut world = self.world.borrow_mut();
         world.lives.push(Life::default());
         world.publishing += usize::from(publishes);
-        let client = Client { world: self.world.clone(), actor: self.actors.len(), protocol: world.protocol };
+        let client = Client {
+            world: self.world.clone(),
+            actor: self.actors.len(),
+            protocol: world.protocol,
+            token: String::new(),
+        };
         self.actors.push((publishes, Some(Box::pin(act(client)))));
     }
 
@@ -695,8 +975,16 @@ impl Simulation {
             let messages = if random(6) == 0 { 15 } else { 1 + random(5) };
             self.spawn(true, |client| publisher(client, user, messages));
         }
+        let repeaters = random(3);
+        for user in 5..5 + repeaters {
+            let messages = 1 + random(3);
+            for _ in 0..1 + random(4) {
+                let requests = 1 + random(5);
+                self.spawn(true, |client| repeater(client, user, messages, requests));
+            }
+        }
         for _ in 0..1 + random(4) {
-            let except = (random(2) == 0).then(|| 1 + random(publishers));
+            let except = (random(2) == 0).then(|| [1, 5][random(2) as usize] + random(publishers.max(2)));
             let (listener, joins) = (Poller { except, old: random(2) == 0, ..Poller::default() }, random(6) > 0);
             self.spawn(false, |client| poller(client, listener, joins));
         }
@@ -708,6 +996,7 @@ impl Simulation {
             if publishing == 0 && promised == u64::MAX {
                 self.world.borrow_mut().calm();
                 self.spawn(true, |client| publisher(client, 9, 2));
+                (0..2).for_each(|_| self.spawn(true, |client| repeater(client, 8, 2, 3)));
             }
             if self.actors.iter().all(|(_, actor)| actor.is_none()) {
                 return;
@@ -793,15 +1082,62 @@ fn an_acknowledged_message_reaches_everyone_exactly_once_in_one_order() {
     let test = "an_acknowledged_message_reaches_everyone_exactly_once_in_one_order";
     let crashes = ["crash, cut off", "crash, runs on", "timeout, cut off", "timeout, runs on"];
     let time = ["pause", "pause beyond 2 s", "expiry", "stale re-read", "missed"];
-    let paths = ["taken", "torn read", "helped advance", "gallop", "owed"];
-    simulate_all(test, SEED..SEED + CLEAN, true, &[&crashes[..], &time, &paths].concat());
+    let paths = ["taken", "torn read", "helped advance", "gallop", "owed", "send in two round trips"];
+    let firsts = ["first at work", "too long ago", "claimed again", "first send in two round trips"];
+    let repeats = ["answer to a repeat", "published by a repeat", "differs"];
+    simulate_all(test, SEED..SEED + CLEAN, true, &[&crashes[..], &time, &paths, &firsts, &repeats].concat());
 }
 
 #[test]
 fn after_eviction_restart_and_refusal_the_bus_works_again() {
     let test = "after_eviction_restart_and_refusal_the_bus_works_again";
-    let events = ["slot evicted", "counter lost", "flush", "restart", "clock set back", "refusal", "lower counter"];
+    let events = [
+        "slot evicted",
+        "record evicted",
+        "counter lost",
+        "flush",
+        "restart",
+        "clock set back",
+        "refusal",
+        "lower counter",
+    ];
     simulate_all(test, SEED + CLEAN..SEED + CLEAN + DIRTY, false, &[&events[..], &["owed"]].concat());
+}
+
+#[test]
+fn the_bus_key_is_the_first_one_created() {
+    for seed in SEED..SEED + 2_000 {
+        let mut simulation = Simulation::new(World::new(seed, Protocol::Correct, true));
+        for n in 1..=4 {
+            simulation.spawn(true, |client| key_asker(client, n));
+        }
+        simulation.spawn(true, |client| async move {
+            client.idle(SECOND).await;
+            client.world.borrow_mut().set_key(None);
+        });
+        simulation.run();
+        assert_eq!(simulation.world.borrow().violations, [], "seed {seed}");
+    }
+}
+
+/// Asks for the bus key, offering a fresh one or not.
+async fn key_asker(mut client: Client, n: u64) {
+    let world = client.world.clone();
+    for request in 1..=6 {
+        client.idle(SECOND).await;
+        let begun = world.borrow().now;
+        let fresh = world.borrow_mut().rng.one_in(2).then(|| vec![n as u8, request]);
+        if let Ok(key) = bus::key(&mut client, fresh.as_deref()).await {
+            let world = &mut *world.borrow_mut();
+            // One that was the bus's meanwhile: at most two, and none where there is none.
+            let during = world.keys.iter().rposition(|&(since, _)| since <= begun).unwrap_or(0);
+            let was = world.keys[during..].iter().any(|(_, was)| *was == key);
+            if !was || world.keys.iter().filter(|(_, key)| key.is_some()).count() > 2 {
+                let keys = format!("{:?}", world.keys);
+                world.violate("not the key", format!("{key:?} of {keys}"));
+            }
+        }
+    }
 }
 
 /// Runs schedules that the correct protocol passes.
@@ -836,6 +1172,38 @@ fn to_claim_an_old_slot_unknowingly_loses_messages() {
 #[test]
 fn to_believe_a_torn_read_of_the_counter_publishes_slots_that_are_empty() {
     assert_caught(Protocol::TornReadBelieved, "missed for nothing");
+}
+
+#[test]
+fn to_store_the_slot_before_its_id_is_noted_publishes_twice() {
+    assert_caught(Protocol::SlotBeforeNote, "twice");
+}
+
+#[test]
+fn to_read_the_record_before_last_publishes_twice() {
+    assert_caught(Protocol::RecordBeforeLast, "twice");
+}
+
+#[test]
+fn to_know_of_a_first_request_only_publishes_twice() {
+    assert_caught(Protocol::IdsUnseen, "twice");
+}
+
+#[test]
+fn without_tokens_one_message_is_taken_for_another() {
+    assert_caught(Protocol::TokenIgnored, "differs from nothing");
+}
+
+#[test]
+fn to_keep_the_record_for_the_first_message_s_time_publishes_twice() {
+    assert_caught(Protocol::ShortRecord, "twice");
+}
+
+#[test]
+fn without_the_lease_requests_get_in_each_other_s_way_but_nothing_is_published_twice() {
+    for seed in SEED..SEED + CAUGHT {
+        assert_eq!(simulate(World::new(seed, Protocol::NoLease, true)).0, [], "seed {seed}");
+    }
 }
 
 #[test]

@@ -1,0 +1,88 @@
+//! Signed buses: who publishes is who it says, also where the web server knows no users.
+//!
+//! A join gives a user its secret, which proves by HMAC-SHA-256 (RFC 2104, FIPS 180-4) that the bus gave it out:
+//!
+//! ```text
+//! secret = base64url(HMAC-SHA-256(bus key, USER))
+//! sig    = base64url(HMAC-SHA-256(secret, BUS "\n" USER "\n" TIME "\n" ONCE "\n" BODY))
+//! ```
+//!
+//! USER and TIME are decimal digits, TIME the Unix time in milliseconds; BUS is the bus's name, percent-encoded, as
+//! the join gives it; ONCE is the query parameter, BODY the request's body, byte for byte. base64url (RFC 4648 section
+//! 5) goes without padding: 43 characters. The secret is a key as those characters, so that a shell can use it.
+//! No two requests share such a text: of its parts only the last can hold a line feed.
+
+use base64ct::{Base64UrlUnpadded, Encoding};
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
+
+use crate::config::whole_number;
+use crate::error::Signature;
+use crate::http::value;
+use crate::memcached::encode_name;
+
+/// Bytes of an HMAC-SHA-256.
+const SIZE: usize = 32;
+
+/// The secret of a user.
+pub fn secret(bus_key: &[u8], user: u64) -> String {
+    let mac = mac(bus_key, &[user.to_string().as_bytes()]).finalize().into_bytes();
+    Base64UrlUnpadded::encode_string(&mac)
+}
+
+/// A signed publish, its form checked but not yet whether it is true.
+pub struct Signed<'a> {
+    user: u64,
+    once: &'a str,
+    body: &'a [u8],
+    time: u64,
+    sig: [u8; SIZE],
+}
+
+impl<'a> Signed<'a> {
+    /// Takes `time` and `sig` from the query.
+    ///
+    /// # Errors
+    /// [`Signature::Missing`], [`Signature::Malformed`].
+    pub fn read(query: &[u8], user: u64, once: Option<&'a str>, body: &'a [u8]) -> Result<Signed<'a>, Signature> {
+        let parameter = |name| match value(query, name) {
+            Ok(Some(value)) => Ok(value),
+            Ok(None) => Err(Signature::Missing(name)),
+            Err(_) => Err(Signature::Malformed(name)),
+        };
+        let once = once.ok_or(Signature::Missing("once"))?;
+        let (time, sig) = (parameter("time")?, parameter("sig")?);
+        let time = whole_number(time.as_bytes()).ok_or(Signature::Malformed("time"))?;
+        let mut bytes = [0; SIZE];
+        match Base64UrlUnpadded::decode(sig.as_bytes(), &mut bytes) {
+            Ok(whole) if whole.len() == SIZE => Ok(Signed { user, once, body, time, sig: bytes }),
+            _ => Err(Signature::Malformed("sig")),
+        }
+    }
+
+    /// Whether it is by this user's secret, and its time within `window` seconds of `now`, in Unix milliseconds.
+    /// Who has no secret learns nothing of the time.
+    ///
+    /// # Errors
+    /// [`Signature::Wrong`], also where the bus has no key: nobody has a secret then. [`Signature::TooOld`],
+    /// [`Signature::ClockAhead`].
+    pub fn check(&self, bus_key: Option<&[u8]>, bus: &[u8], now: u64, window: u32) -> Result<(), Signature> {
+        let secret = secret(bus_key.ok_or(Signature::Wrong)?, self.user);
+        let head = format!("{}\n{}\n{}\n{}\n", encode_name(bus), self.user, self.time, self.once);
+        // In constant time.
+        let verified = mac(secret.as_bytes(), &[head.as_bytes(), self.body]).verify_slice(&self.sig);
+        verified.map_err(|_| Signature::Wrong)?;
+        let window = u64::from(window) * 1_000;
+        match self.time {
+            time if time.saturating_add(window) < now => Err(Signature::TooOld),
+            time if time > now + window => Err(Signature::ClockAhead),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn mac(key: &[u8], parts: &[&[u8]]) -> Hmac<Sha256> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes keys of any length");
+    parts.iter().for_each(|part| mac.update(part));
+    mac
+}
