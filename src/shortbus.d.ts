@@ -2,7 +2,7 @@
 
 /** Why something failed. */
 export interface BusError extends Error {
-  /** The server's stable code, or `network`, `http`, `not_a_bus`. */
+  /** The server's stable code, or `network`, `http`, `not_a_bus`, `insecure_context`. */
   readonly code: string;
   /** The HTTP status; 0 where no server answered. */
   readonly status: number;
@@ -19,6 +19,11 @@ export interface BusErrorEvent extends Event {
   readonly error: BusError;
 }
 
+export interface BusRejoinEvent extends Event {
+  /** This client's new id. */
+  readonly user: number;
+}
+
 export interface MessageBusEventMap<T = any> {
   /** Joined, or connected again. */
   open: Event;
@@ -27,7 +32,9 @@ export interface MessageBusEventMap<T = any> {
   messageerror: MessageEvent<string>;
   /** Some messages were gone before this client could read them. */
   missed: Event;
-  /** A poll or a send failed. Polls go on by themselves. */
+  /** The bus had lost its key, or is signed from now on: this client has another id, and its cursor still. */
+  rejoin: BusRejoinEvent;
+  /** A poll failed, and they go on by themselves; or a send did for good. */
   error: BusErrorEvent;
   close: Event;
 }
@@ -35,7 +42,9 @@ export interface MessageBusEventMap<T = any> {
 export interface MessageBusOptions {
   /** Milliseconds between two polls; 500 unless given. */
   interval?: number;
-  /** Closes the bus, and drops what has not been sent yet: those promises are rejected. */
+  /** Milliseconds for which a send is tried again, 30,000 unless given; no longer than the bus's SHORTBUS_TTL. */
+  deadline?: number;
+  /** Closes the bus, and drops what is not on its way: those promises are rejected. */
   signal?: AbortSignal;
 }
 
@@ -49,7 +58,7 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   /** The last part of the URL. */
   readonly name: string;
   readonly url: string;
-  /** This user's id; undefined until the bus is joined. */
+  /** This user's id, which a `rejoin` changes; undefined until the bus is joined. */
   readonly user: number | undefined;
   /** All messages up to this id have been passed; undefined until the bus is joined. */
   readonly lastId: number | undefined;
@@ -60,12 +69,13 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   onmessage: ((this: this, event: BusMessageEvent<T>) => void) | null;
   onmessageerror: ((this: this, event: MessageEvent<string>) => void) | null;
   onmissed: ((this: this, event: Event) => void) | null;
+  onrejoin: ((this: this, event: BusRejoinEvent) => void) | null;
   onerror: ((this: this, event: BusErrorEvent) => void) | null;
   onclose: ((this: this, event: Event) => void) | null;
 
-  /** Sends; where that fails there is an `error` event. */
+  /** Sends; where that fails for good there is an `error` event. */
   postMessage(data: T): void;
-  /** Sends: a promise of the message's id. */
+  /** Sends, trying again until the deadline: a promise of the message's id. */
   send(data: T): Promise<number>;
   /** Hears no more. What was given to be sent still leaves. */
   close(): void;

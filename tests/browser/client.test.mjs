@@ -1,13 +1,26 @@
 // The client's own logic: taken from a running bus as a user would, and run in Node.
 
 import assert from "node:assert/strict";
+import { createHmac, webcrypto } from "node:crypto";
 import { after, test } from "node:test";
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
+import { setTimeout as sleep } from "node:timers/promises";
 import { startProxy, startSite, until } from "./servers.mjs";
 
-const site = await startSite(() => ({ small: { SHORTBUS_MAX_BYTES: "100" }, short: { SHORTBUS_TTL: "1" } }));
+globalThis.crypto ??= webcrypto; // Node 18 has it, but not there
+
+const SIGNED = { SHORTBUS_AUTH: "signed" };
+const KEY = { SHORTBUS_KEY: "0123456789abcdef0123456789abcdef" };
+let switched = {}; // the settings of the bus of this name
+const site = await startSite(() => ({
+  small: { SHORTBUS_MAX_BYTES: "100" },
+  short: { SHORTBUS_TTL: "1" },
+  signed: SIGNED,
+  keyed: { ...SIGNED, ...KEY },
+  switched,
+}));
 after(() => site.close());
 
 const saved = join(site.folder, "shortbus.mjs");
@@ -20,7 +33,7 @@ const numbers = (from, to) => Array.from({ length: to - from }, (_, i) => from +
 function open(t, url, options = { interval: 20 }) {
   const bus = new MessageBus(url, options);
   t.after(() => bus.close());
-  const events = { message: [], error: [], missed: [], open: [], messageerror: [], close: [] };
+  const events = { message: [], error: [], missed: [], open: [], messageerror: [], rejoin: [], close: [] };
   for (const [type, list] of Object.entries(events)) bus.addEventListener(type, (event) => list.push(event));
   return Object.assign(bus, { events, heard: () => events.message.map((event) => event.data) });
 }
@@ -80,7 +93,9 @@ test("a bus is joined, and says who and where it is", async (t) => {
   assert.equal(bus.lastId, (await site.ask(url)).json.id);
   assert.equal(open(t, new URL(url)).url, url);
   assert.throws(() => new MessageBus(), TypeError); // loaded from a file, not from a bus
-  assert.throws(() => new MessageBus(url, { interval: -1 }), RangeError);
+  for (const option of ["interval", "deadline"]) {
+    for (const value of [-1, NaN, "soon"]) assert.throws(() => new MessageBus(url, { [option]: value }), RangeError);
+  }
 });
 
 test("two clients talk, each with an id for what it sends, and no echo", async (t) => {
@@ -318,7 +333,7 @@ test("a message too large is refused with the server's reason, and later ones go
 
 test("with memcached away it says the server's reason, and goes on when it is back", async (t) => {
   const url = site.bus("memcached");
-  const bus = await joined(t, url);
+  const bus = await joined(t, url, { interval: 20, deadline: 0 });
   await site.stopMemcached();
   try {
     await until("an error", () => bus.events.error.length);
@@ -337,7 +352,7 @@ test("with memcached away it says the server's reason, and goes on when it is ba
 
 test("with the web server away it backs off, and talks when it is back", async (t) => {
   const url = site.bus("server");
-  const bus = await joined(t, url);
+  const bus = await joined(t, url, { interval: 20, deadline: 500 });
   await site.stopApache();
   try {
     await until("errors", () => bus.events.error.length >= 2);
@@ -506,7 +521,7 @@ test("a poll that hangs is given up and repeated; a send that hangs is given up"
     request.method === "POST" || (isPoll(request) && !polls++) ? never : pass(),
   );
   const asked = hurry(t, 100);
-  const bus = await joined(t, proxy.url);
+  const bus = await joined(t, proxy.url, { interval: 20, deadline: 1_000 });
   await site.publish(url, "after all");
   await until("a message", () => bus.heard().length);
   assert.deepEqual([bus.heard(), bus.events.error.length], [["after all"], 1]);
@@ -518,6 +533,452 @@ test("a poll that hangs is given up and repeated; a send that hangs is given up"
 test("an interval beyond what timers take is no interval of zero", async (t) => {
   const asked = hurry(t, 1);
   await joined(t, site.bus("chat"), { interval: Infinity });
-  await until("the pause", () => asked.some((ms) => ms !== GIVE_UP));
+  await until("the pause", () => asked.some((ms) => ms > GIVE_UP));
   assert(asked.every((ms) => ms < 2 ** 31), `${asked}`);
+});
+
+// Sends that are tried again.
+
+const once = ({ url }) => new URL(url, "http://proxy").searchParams.get("once");
+const json = { "Content-Type": "application/json" };
+const refusal = (status, code, headers) => ({
+  status,
+  headers: { ...json, ...headers },
+  body: JSON.stringify({ error: code, message: `This is ${code}.` }),
+});
+
+/** A proxy that has `treat` decide about what is sent, and a client behind it. */
+async function sender(t, url, treat, options = { interval: 20 }) {
+  const proxy = await proxied(t, url, (pass, request) => (request.method === "POST" ? treat(pass, request) : pass()));
+  return [await joined(t, proxy.url, options), proxy];
+}
+
+for (const name of ["lost", "signed"]) {
+  test(`a message whose acknowledgements are lost is one message, on the bus ${name}`, async (t) => {
+    const url = site.bus(name);
+    const bob = await joined(t, url);
+    const [ann, proxy] = await sender(t, url, async (pass) => {
+      const reply = await pass();
+      return posts(proxy).length % 3 ? undefined : reply;
+    });
+    const ids = await Promise.all(["a", "b"].map((data) => ann.send(data)));
+    await until("both", () => bob.heard().length >= 2);
+    assert.deepEqual(bob.events.message.map(({ lastEventId }) => Number(lastEventId)), ids);
+    assert.deepEqual([bob.heard(), ann.events.error], [["a", "b"], []]);
+    const names = posts(proxy).map(once);
+    assert(names.every((name) => /^[\w-]{16,64}$/.test(name)), `${names}`);
+    const [a, b] = [names[0], names[3]];
+    assert.notEqual(a, b);
+    assert.deepEqual(names, [a, a, a, b, b, b]);
+  });
+
+  test(`requests that a proxy repeats make no second message, on the bus ${name}`, async (t) => {
+    const url = site.bus(name);
+    const bob = await joined(t, url);
+    const [ann] = await sender(t, url, async (pass) => (await Promise.all([pass(), pass(), pass()]))[1]);
+    const ids = await Promise.all(numbers(0, 10).map((n) => ann.send(n)));
+    await ann.send("end");
+    await until("the end", () => bob.heard().includes("end"));
+    assert.deepEqual(bob.heard(), [...numbers(0, 10), "end"]);
+    assert.deepEqual(bob.events.message.slice(0, 10).map(({ lastEventId }) => Number(lastEventId)), ids);
+  });
+}
+
+for (const name of ["away", "keyed"]) {
+  for (const [what, stop, start] of [
+    ["memcached", () => site.stopMemcached(), () => site.startMemcached()],
+    ["the web server", () => site.stopApache(), () => site.startApache()],
+  ]) {
+    test(`with ${what} away for three seconds all is sent, in order, once, on the bus ${name}`, async (t) => {
+      const url = site.bus(name);
+      const [ann, bob] = [await joined(t, url), await joined(t, url)];
+      const user = ann.user;
+      await ann.send("before");
+      await until("the first", () => bob.heard().length);
+      await stop();
+      let sent;
+      try {
+        sent = numbers(0, 20).map((n) => ann.send(n));
+        await sleep(3_000);
+      } finally {
+        await start();
+      }
+      const ids = await Promise.all(sent);
+      assert.deepEqual(ids, [...ids].sort((a, b) => a - b));
+      await until("all", () => bob.heard().length > 20);
+      assert.deepEqual(bob.heard(), ["before", ...numbers(0, 20)]);
+      assert.deepEqual([ann.user, ann.heard(), ann.events.rejoin.length], [user, [], 0]);
+    });
+  }
+}
+
+test("after its deadline a message is given up, with the last reason, and the next has its turn", async (t) => {
+  const url = site.bus("deadline");
+  const bob = await joined(t, url);
+  let tries = 0;
+  const treat = (pass, { body }) => {
+    if (body !== '"late"') return pass();
+    return tries++ ? refusal(500, "last") : refusal(502, "first");
+  };
+  const [ann, proxy] = await sender(t, url, treat, { interval: 20, deadline: 2_000 });
+  const start = performance.now();
+  const [late, next] = [ann.send("late"), ann.send("next")];
+  await until("some tries", () => tries > 1);
+  assert.equal(ann.events.error.length, 0);
+  await assert.rejects(late, said("last", 500));
+  const took = performance.now() - start;
+  assert(took > 1_900 && took < 3_000, `${took} ms`);
+  // It was late too: but each gets a try.
+  await next;
+  await until("the message", () => bob.heard().length);
+  assert.deepEqual(bob.heard(), ["next"]);
+  assert.deepEqual(ann.events.error.map(({ error }) => error.code), ["last"]);
+  assert.equal(posts(proxy).length, tries + 1);
+});
+
+test("what slept through its deadline is not sent a second time", async (t) => {
+  const url = site.bus("slept");
+  const now = Date.now;
+  t.after(() => (Date.now = now));
+  const asked = hurry(t, 1);
+  const [ann, proxy] = await sender(t, url, async (pass) => {
+    await pass(); // published, and nobody knows
+    return refusal(503, "outcome_unknown", { "Retry-After": 1 });
+  });
+  const { lastId } = ann;
+  const sent = ann.send("once");
+  await until("the pause", () => asked.includes(1_000));
+  Date.now = () => now.call(Date) + 3_600_000;
+  await assert.rejects(sent, said("outcome_unknown", 503));
+  assert.equal(posts(proxy).length, 1);
+  assert.equal((await site.ask(`${url}?id=${lastId}`)).json.length, 1);
+});
+
+test("what waits for a join that never comes is given up after its deadline", async (t) => {
+  for (const [treat, code, status] of [
+    [() => undefined, "network", 0],
+    [() => door().opened, "network", 0],
+    [() => refusal(503, "busy"), "busy", 503],
+  ]) {
+    const proxy = await proxied(t, site.bus("unjoined"), treat);
+    const bus = open(t, proxy.url, { interval: 20, deadline: 1_000 });
+    const start = performance.now();
+    await assert.rejects(bus.send("late"), said(code, status));
+    assert(performance.now() - start < 2_500);
+    proxy.treat = (pass) => pass();
+    bus.close();
+  }
+  const proxy = await proxied(t, site.bus("unjoined"), () => refusal(404, "unknown_path"));
+  await assert.rejects(open(t, proxy.url).send("astray"), said("unknown_path", 404));
+});
+
+test("what may pass is tried again, what does not is refused at once", async (t) => {
+  hurry(t, 100);
+  let refusals = [];
+  const [bus, proxy] = await sender(t, site.bus("statuses"), (pass) =>
+    refusals.length ? refusals.shift() : pass(),
+  );
+  const passing = [
+    [408, "http"], [425, "http"], [429, "http"], [500, "http"], [502, "http"], [503, "outcome_unknown"], [504, "http"],
+    [409, "once_undecided"], [403, "signature_too_old"], [403, "signature_clock_ahead"],
+  ];
+  for (const [status, code] of passing) refusals.push(refusal(status, code));
+  refusals.push(undefined, { body: "<html>Log in" }, { body: "{}" });
+  assert(await bus.send("after all"));
+  assert.equal(new Set(posts(proxy).map(once)).size, 1);
+  assert.deepEqual([bus.events.error, refusals], [[], []]);
+  const final = [
+    [400, "not_json"], [401, "http"], [403, "foreign_origin"], [403, "signature_malformed"], [404, "unknown_path"],
+    [409, "once_differs"], [413, "too_large"], [500, "bad_setting"],
+  ];
+  for (const [status, code] of final) {
+    proxy.requests.length = 0;
+    refusals = [refusal(status, code)];
+    await assert.rejects(bus.send("no"), said(code, status));
+    assert.equal(posts(proxy).length, 1, code);
+  }
+  assert.deepEqual(bus.events.error.map(({ error }) => error.code), final.map(([, code]) => code));
+});
+
+test("failures lengthen a send's pauses at random, one try at a time", async (t) => {
+  const [bus, proxy] = await sender(t, site.bus("tries"), () => refusal(503, "busy"), { interval: 700, deadline: 1e6 });
+  const asked = hurry(t, 100);
+  const sent = bus.send("x");
+  const pauses = () => asked.filter((ms) => ![GIVE_UP, 10_000, 700].includes(ms));
+  await until("tries", () => pauses().length > 20);
+  pauses().forEach((ms, n) => assert(ms >= 0 && ms <= Math.min(GIVE_UP, 500 * 2 ** n), `${n}: ${ms}`));
+  assert(Math.max(...pauses()) > 4_000, `no growth: ${pauses()}`);
+  assert(posts(proxy).length <= pauses().length + 1);
+  proxy.treat = (pass) => pass();
+  await sent;
+});
+
+test("Retry-After is honoured by a send, and one beyond the deadline ends it", async (t) => {
+  let after = 2;
+  const [bus, proxy] = await sender(t, site.bus("patience"), (pass) =>
+    posts(proxy).length === 1 ? refusal(503, "busy", { "Retry-After": after }) : pass(),
+  );
+  assert(await bus.send("x"));
+  const [first, second] = posts(proxy);
+  assert(second.at - first.at > 1_900, `came back after ${second.at - first.at} ms`);
+  proxy.requests.length = 0;
+  after = 60;
+  await assert.rejects(bus.send("y"), said("busy", 503));
+  assert.equal(posts(proxy).length, 1);
+});
+
+test("a try that hangs is given up after ten seconds, and made again", async (t) => {
+  let hung = 0;
+  const [bus] = await sender(t, site.bus("hanging"), (pass) => (hung++ ? pass() : door().opened));
+  const asked = hurry(t, 50);
+  assert(await bus.send("x"));
+  assert(asked.includes(10_000));
+});
+
+test("connected again, a send waits no longer", async (t) => {
+  const asked = hurry(t, 1);
+  let down = false;
+  const proxy = await proxied(t, site.bus("again"), (pass, { method }) => {
+    if (!down) return pass();
+    return method === "POST" ? refusal(503, "busy", { "Retry-After": 9 }) : undefined;
+  });
+  const bus = await joined(t, proxy.url);
+  down = true;
+  await until("an error", () => bus.events.error.length);
+  const sent = bus.send("x");
+  await until("the pause", () => asked.includes(9_000));
+  down = false;
+  await until("open again", () => bus.events.open.length === 2);
+  const start = performance.now();
+  await sent;
+  assert(performance.now() - start < 1_000);
+});
+
+test("what was given before close is tried until it is delivered", async (t) => {
+  const url = site.bus("closing");
+  const bob = await joined(t, url);
+  const [ann, proxy] = await sender(t, url, (pass) => (posts(proxy).length < 4 ? undefined : pass()));
+  const sent = ["a", "b"].map((data) => ann.send(data));
+  ann.close();
+  await Promise.all(sent);
+  await until("both", () => bob.heard().length === 2);
+  assert.deepEqual([bob.heard(), ann.events.error], [["a", "b"], []]);
+});
+
+test("closed before it is joined, a client joins for what it has to send", async (t) => {
+  for (const name of ["hasty", "signed"]) {
+    const url = site.bus(name);
+    const bob = await joined(t, url);
+    const proxy = await proxied(t, url, (pass, request) => (proxy.requests.length === 1 ? undefined : pass()));
+    const ann = open(t, proxy.url);
+    const sent = ["a", "b"].map((data) => ann.send(data));
+    await until("a join that fails", () => proxy.requests.length);
+    ann.close();
+    const ids = await Promise.all(sent);
+    await until("both", () => bob.heard().length === 2);
+    const heard = bob.events.message.map(({ lastEventId }) => Number(lastEventId));
+    assert.deepEqual([bob.heard(), heard], [["a", "b"], ids]);
+    assert.deepEqual([proxy.requests.filter(isPoll), ann.events.open, ann.heard()], [[], [], []]);
+  }
+});
+
+test("closed while it is joined, a client takes this join for what it has to send", async (t) => {
+  const join = door();
+  const treat = (pass, request) => (isJoin(request) ? join.opened.then(pass) : pass());
+  const proxy = await proxied(t, site.bus("hasty"), treat);
+  const [busy, idle] = [open(t, proxy.url, { deadline: 0 }), open(t, proxy.url)];
+  const sent = busy.send("a");
+  await until("the joins", () => proxy.requests.length === 2);
+  busy.close();
+  idle.close();
+  await until("the idle one's end", () => proxy.requests.filter((request) => request.isCut()).length === 1);
+  join.open();
+  assert(await sent);
+  assert.deepEqual(proxy.requests.map(({ method }) => method), ["GET", "GET", "POST"]);
+});
+
+test("a signal ends a send's pause, a join, and what would be tried again", async (t) => {
+  const asked = hurry(t, 1);
+  let hold;
+  const pausing = () => asked.includes(7_000);
+  for (const [treat, isAt, reason] of [
+    [() => refusal(503, "busy", { "Retry-After": 7 }), pausing, "enough"],
+    [() => hold.opened.then(() => refusal(503, "busy")), (proxy) => posts(proxy).length, "This is busy."],
+    [() => hold.opened.then(() => refusal(403, "signature_wrong")), (proxy) => posts(proxy).length, "enough"],
+    [undefined, (proxy) => proxy.requests.length, "enough"], // not even joined
+  ]) {
+    hold = door();
+    const abort = new AbortController();
+    const proxy = await proxied(t, site.bus("dropped"), (pass, { method }) =>
+      method === "POST" ? treat() : treat ? pass() : door().opened,
+    );
+    const bus = open(t, proxy.url, { interval: 20, signal: abort.signal });
+    const sent = Promise.allSettled(["a", "b"].map((data) => bus.send(data)));
+    await until("its turn", () => isAt(proxy));
+    const start = performance.now();
+    abort.abort(new Error("enough"));
+    hold.open();
+    assert.deepEqual((await sent).map(({ reason }) => reason.message), [reason, "enough"]);
+    assert(performance.now() - start < 500);
+    const left = proxy.requests.length;
+    await sleep(1_000);
+    assert.deepEqual([proxy.requests.length, bus.events.close.length], [left, 1]);
+  }
+});
+
+test("without crypto, as in Node 18, a name is random all the same", async (t) => {
+  const real = Object.getOwnPropertyDescriptor(globalThis, "crypto");
+  Object.defineProperty(globalThis, "crypto", { value: undefined, configurable: true });
+  t.after(() => Object.defineProperty(globalThis, "crypto", real));
+  const [bus, proxy] = await sender(t, site.bus("plain"), (pass) => pass());
+  for (const data of ["a", "b"]) await bus.send(data);
+  const names = posts(proxy).map(once);
+  assert(names.every((name) => /^[\w-]{16,64}$/.test(name)) && names[0] !== names[1], `${names}`);
+});
+
+// Signed buses.
+
+/** Node's word on the signature of what was sent, with the secret that a join gave. */
+function sign({ bus, secret }, user, time, once, body) {
+  return createHmac("sha256", secret).update(`${bus}\n${user}\n${time}\n${once}\n${body}`).digest("base64url");
+}
+
+/** Gives a client another clock, until the test ends. */
+function setClock(t, ahead) {
+  const real = Date.now;
+  t.after(() => (Date.now = real));
+  Date.now = () => real.call(Date) + ahead;
+}
+
+test("on a signed bus two clients talk, and each message is signed as Node would", async (t) => {
+  const url = site.bus("signed");
+  let seat;
+  const proxy = await proxied(t, url, async (pass, request) => {
+    const reply = await pass();
+    if (isJoin(request)) seat = JSON.parse(reply.body);
+    return reply;
+  });
+  const [ann, bob] = [open(t, proxy.url), await joined(t, url)];
+  const all = ["", "grüß dich 👋\n", { lone: "\ud800", list: [1, null] }, "x".repeat(9_000), ...numbers(0, 20)];
+  const sent = all.map((data) => ann.send(data)); // not joined yet
+  const ids = await Promise.all(sent);
+  await bob.send("and you");
+  await until("all", () => bob.heard().length === all.length && ann.heard().length);
+  assert.deepEqual([bob.heard(), ann.heard()], [all, ["and you"]]);
+  const heard = bob.events.message.map(({ user, lastEventId }) => [user, Number(lastEventId)]);
+  assert.deepEqual(heard, ids.map((id) => [ann.user, id]));
+  assert.equal(proxy.requests.filter(isJoin).length, 1);
+  assert.equal(ann.user, seat.user);
+  for (const { url, body } of posts(proxy)) {
+    const { user, time, once, sig } = Object.fromEntries(new URL(url, "http://proxy").searchParams);
+    assert(user === String(seat.user) && Math.abs(time - Date.now()) < 10_000);
+    assert.equal(sig, sign(seat, user, time, once, body));
+  }
+});
+
+for (const hours of [-3, 3]) {
+  test(`a client whose clock is ${hours} hours off signs by the server's`, async (t) => {
+    setClock(t, hours * 3_600_000);
+    const [bus, proxy] = await sender(t, site.bus("signed"), (pass) => pass());
+    assert(await bus.send("in time"));
+    assert.equal(posts(proxy).length, 1);
+  });
+
+  test(`a client whose clock is ${hours} hours off learns of it by a refusal`, async (t) => {
+    setClock(t, hours * 3_600_000);
+    const proxy = await proxied(t, site.bus("signed"), async (pass, { method }) => {
+      const reply = await pass();
+      if (method === "GET") delete reply.headers.date;
+      return reply;
+    });
+    const bus = await joined(t, proxy.url);
+    assert(await bus.send("in time"));
+    assert.deepEqual([posts(proxy).length, bus.events.error], [2, []]);
+  });
+}
+
+test("when memcached has lost the key, clients join again, say so, and send what was not delivered", async (t) => {
+  const url = site.bus("signed");
+  const [ann, bob] = await Promise.all([joined(t, url), joined(t, url)]);
+  const former = ann.user;
+  await ann.send("before");
+  await until("the first", () => bob.heard().length);
+  const handled = [];
+  ann.onrejoin = ({ user }) => handled.push(user);
+  await site.restartMemcached();
+  const cursor = ann.lastId;
+  const ids = await Promise.all(numbers(0, 10).map((n) => ann.send(n)));
+  await until("the rest", () => bob.heard().length > 10);
+  assert.deepEqual(bob.heard(), ["before", ...numbers(0, 10)]);
+  assert.deepEqual(handled, [ann.user]);
+  assert.deepEqual(ann.events.rejoin.map(({ user }) => user), [ann.user]);
+  assert(ann.user !== former && ids[0] > cursor && ann.lastId >= cursor);
+  assert.deepEqual(new Set(bob.events.message.slice(1).map(({ user }) => user)), new Set([ann.user]));
+  await bob.send("me too");
+  await until("the answer", () => ann.heard().length);
+  assert.deepEqual([ann.heard(), bob.events.rejoin.length, bob.events.missed.length], [["me too"], 1, 1]);
+  assert.deepEqual([...ann.events.error, ...bob.events.error].filter(({ error }) => error.status !== 503), []);
+});
+
+test("a bus becomes signed, and open again, with clients on it", async (t) => {
+  const url = site.bus("switched");
+  let hold = door();
+  const proxy = await proxied(t, url, async (pass, request) => {
+    if (isPoll(request)) await hold.opened;
+    return request.isCut() ? undefined : pass();
+  });
+  const [ann, bob] = [await joined(t, proxy.url), await joined(t, url)];
+  t.after(() => (switched = {}));
+  const users = [ann.user];
+  await ann.send("open");
+  switched = SIGNED;
+  await site.restartApache();
+  await Promise.all(["signed", "too"].map((data) => ann.send(data)));
+  users.push(ann.user);
+  await bob.send("so am I");
+  hold.open();
+  // What it sent itself it does not hear, though it was somebody else.
+  await until("the answer", () => ann.heard().length);
+  assert.deepEqual(ann.heard(), ["so am I"]);
+  assert.deepEqual([ann.events.rejoin.length, bob.events.rejoin.length], [1, 1]);
+  switched = {};
+  await site.restartApache();
+  await ann.send("open again");
+  await until("all", () => bob.heard().length === 4);
+  assert.deepEqual(bob.heard(), ["open", "signed", "too", "open again"]);
+  users.push(ann.user);
+  assert.deepEqual(bob.events.message.map(({ user }) => user), [users[0], users[1], users[1], users[1]]);
+  assert.deepEqual([users[0] === users[1], users[1] === users[2], ann.events.rejoin.length], [false, true, 1]);
+});
+
+test("a signature that is wrong for a new secret too is an error", async (t) => {
+  for (const [code, tamper] of [
+    ["signature_wrong", (url) => url.replace(/sig=./, (start) => (start === "sig=A" ? "sig=B" : "sig=A"))],
+    ["signature_missing", (url) => url.replace(/&sig=.*/, "")],
+  ]) {
+    let wrong = true;
+    const [bus, proxy] = await sender(t, site.bus("keyed"), (pass, { url }) => pass(wrong ? tamper(url) : url));
+    await assert.rejects(bus.send("x"), said(code, 403));
+    assert.deepEqual([posts(proxy).length, proxy.requests.filter(isJoin).length], [2, 2]);
+    assert.deepEqual([bus.events.rejoin.length, bus.events.error.length], [1, 1]);
+    wrong = false;
+    assert(await bus.send("y"));
+    assert.equal(new Set(posts(proxy).map(once)).size, 2); // by message
+  }
+});
+
+test("where signing is not to be had, a send says why, and the rest is heard", async (t) => {
+  Object.defineProperty(globalThis.crypto, "subtle", { value: undefined, configurable: true });
+  const url = site.bus("signed");
+  const [bus, proxy] = await sender(t, url, (pass) => pass());
+  const early = open(t, url);
+  await assert.rejects(early.send("x"), said("insecure_context", 0));
+  await assert.rejects(bus.send("x"), said("insecure_context", 0));
+  assert.match(bus.events.error[0].error.message, /signed.*https.*localhost/);
+  assert.equal(posts(proxy).length, 0);
+  delete globalThis.crypto.subtle;
+  const bob = await joined(t, url);
+  await bob.send("heard");
+  await until("the message", () => bus.heard().length);
+  assert.deepEqual([bus.heard(), bus.connected], [["heard"], true]);
 });

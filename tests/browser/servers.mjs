@@ -151,6 +151,12 @@ class Site {
     return this.apache.stop();
   }
 
+  /** With what `settings` gives now. */
+  async restartApache() {
+    await this.stopApache();
+    await this.startApache();
+  }
+
   close() {
     return Promise.all([this.stopApache(), this.stopMemcached()]);
   }
@@ -192,27 +198,30 @@ export async function startSite(settings = () => ({})) {
 }
 
 /**
- * A proxy in front of a bus, at /bus. It counts, and `treat(pass, request)` decides about each request: gives what
+ * A proxy in front of a bus, at /bus. It lists the requests, and `treat(pass, request)` decides about each: gives what
  * `pass()` got from the bus, or another reply, or nothing to cut the connection.
  */
 export async function startProxy(bus, treat = (pass) => pass()) {
   const proxy = { treat, requests: [], polling: 0, mostPolling: 0 };
   const server = createServer(async (request, response) => {
     const { method, url } = request;
-    proxy.requests.push({ method, url, at: performance.now() });
+    const asked = { method, url, at: performance.now(), body: "", isCut: () => response.destroyed };
+    proxy.requests.push(asked);
+    response.sendDate = false; // the bus's, if any
     if (method === "GET") {
       proxy.mostPolling = Math.max(proxy.mostPolling, ++proxy.polling);
       response.on("close", () => proxy.polling--);
     }
-    let body = "";
-    for await (const chunk of request.setEncoding("utf8")) body += chunk;
-    const pass = async () => {
-      const reply = await fetch(bus + url.replace("/bus", ""), { method, body: body || undefined });
-      const kept = ["content-type", "retry-after", "shortbus-last-id", "shortbus-missed"];
+    for await (const chunk of request.setEncoding("utf8")) asked.body += chunk;
+    const pass = async (to = url) => {
+      const init = { method, body: asked.body || undefined };
+      const reply = await fetch(bus + to.replace("/bus", ""), init).catch(() => {});
+      if (!reply) return undefined;
+      const kept = ["content-type", "date", "retry-after", "shortbus-last-id", "shortbus-missed"];
       const headers = [...reply.headers].filter(([name]) => kept.includes(name));
       return { status: reply.status, headers: Object.fromEntries(headers), body: await reply.text() };
     };
-    const reply = await proxy.treat(pass, { method, url, isCut: () => response.destroyed });
+    const reply = await proxy.treat(pass, asked);
     if (reply) response.writeHead(reply.status ?? 200, reply.headers).end(reply.body);
     else response.destroy();
   });
