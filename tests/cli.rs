@@ -74,6 +74,8 @@ fn a_check_shows_each_setting_and_where_it_comes_from_and_touches_no_message() {
         ["SHORTBUS_MAX_BYTES", "10240", "(default)"],
         ["SHORTBUS_MEMCACHED", memcached, "(environment)"],
         ["SHORTBUS_ALLOW_ORIGIN", "*", "(environment)"],
+        ["SHORTBUS_AUTH", "open", "(default)"],
+        ["SHORTBUS_KEY", "none", "(default)"],
     ] {
         let words: Vec<&str> = line.iter().flat_map(|part| part.split(' ')).collect();
         assert!(lines.contains(&words), "{words:?}: {lines:?}");
@@ -81,6 +83,24 @@ fn a_check_shows_each_setting_and_where_it_comes_from_and_touches_no_message() {
     assert!(lines.iter().any(|line| line.starts_with(&["memcached", memcached])), "{lines:?}");
     assert_eq!(lines.last().unwrap(), &["ok"]);
     assert_eq!(site.join("chat").1, before, "the check is not heard on the bus");
+}
+
+#[test]
+fn a_check_tells_of_a_key_but_never_the_key() {
+    let site = site();
+    let key = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
+    for (auth, key, code) in [("signed", key, 0), ("signed", &key[..31], 1), ("open", key, 1)] {
+        let output = run(&site, &["--check"], &[("SHORTBUS_AUTH", auth), ("SHORTBUS_KEY", key)]);
+        let all = [text(&output.stdout), text(&output.stderr)].concat();
+        assert_eq!(output.status.code(), Some(code), "{all}");
+        let lines: Vec<Vec<&str>> = all.lines().map(|line| line.split_whitespace().collect()).collect();
+        for line in
+            [&["SHORTBUS_AUTH", "signed", "(environment)"][..], &["SHORTBUS_KEY", "44", "bytes", "(environment)"]]
+        {
+            assert_eq!(lines.iter().any(|words| words == line), code == 0, "{all}");
+        }
+        assert!(!all.contains(&key[4..12]), "{all}");
+    }
 }
 
 #[test]

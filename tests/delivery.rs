@@ -12,13 +12,16 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use common::{Front, Memcached, Site};
+use common::{Front, Memcached, Site, unix_millis};
 
 const PUBLISHERS: usize = 16;
 const POLLERS: usize = 8;
 const MESSAGES: usize = 30;
+/// What each publisher sends in all where it sends everything twice, and for how long some are killed.
+const SENDS: usize = 30;
+const KILLING: Duration = Duration::from_secs(4);
 
 /// A message as heard: its id, and what it says.
 type Heard = Vec<(u64, String)>;
@@ -53,13 +56,18 @@ fn publishing(site: &Site) -> Vec<String> {
     pids.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())).filter(is_publisher).collect()
 }
 
+/// Kills two of them at most: how many it were.
+fn kill_some(site: &Site) -> usize {
+    let kill =
+        |pid: &&String| Command::new("kill").args(["-KILL", pid]).stderr(Stdio::null()).status().unwrap().success();
+    publishing(site).iter().step_by(3).take(2).filter(kill).count()
+}
+
 #[test]
 fn every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
     let site = Site::start(Front::ApacheCgid);
     site.copy("chat");
-    // What Apache says of a program that was killed.
-    site.foresee("End of script output before headers");
-    site.foresee("Error writing request body to script");
+    site.foresee_kills();
     let (_, start) = site.join("chat");
     let acknowledged = Mutex::new(BTreeMap::new());
     let (working, killed) = (AtomicUsize::new(PUBLISHERS), AtomicUsize::new(0));
@@ -92,11 +100,7 @@ fn every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
                     site.memcached.signal("STOP");
                     thread::sleep(Duration::from_millis(round % 7 * 3));
                 }
-                let victims = publishing(&site);
-                for victim in victims.iter().step_by(3).take(2) {
-                    let kill = Command::new("kill").args(["-KILL", victim]).stderr(Stdio::null()).status().unwrap();
-                    killed.fetch_add(usize::from(kill.success()), Ordering::SeqCst);
-                }
+                killed.fetch_add(kill_some(&site), Ordering::SeqCst);
                 if pause {
                     site.memcached.signal("CONT");
                 }
@@ -141,6 +145,93 @@ fn every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
     for (id, text) in &acknowledged {
         assert_eq!(by_id.get(id), Some(text), "acknowledged as {id}");
     }
+}
+
+#[test]
+fn every_send_made_twice_and_again_until_answered_is_one_message_on_an_open_bus() {
+    every_send_is_one_message(false);
+}
+
+#[test]
+fn every_send_made_twice_and_again_until_answered_is_one_message_on_a_signed_bus() {
+    every_send_is_one_message(true);
+}
+
+fn every_send_is_one_message(signed: bool) {
+    let settings: &[(&str, &str)] = if signed { &[("SHORTBUS_AUTH", "signed")] } else { &[] };
+    let site = Site::with(Front::ApacheCgid, &[("chat", settings)]);
+    site.foresee_kills();
+    let (_, start) = site.join("chat");
+    let (working, killed, again) = (AtomicUsize::new(PUBLISHERS), AtomicUsize::new(0), AtomicUsize::new(0));
+    let told = Mutex::new(BTreeMap::new());
+    let started = Instant::now();
+    // One request, made again until it is answered: the id.
+    let ask = |target: &str, body: &str| loop {
+        let reply = site.post(target, body);
+        match reply.outcome() {
+            (200, _) => return reply.json()["id"].as_u64().unwrap(),
+            // It was killed; or its first is at work, or was killed; or its end is unknown.
+            (500, code) if code.is_empty() => {}
+            (409, code) if code == "once_undecided" => thread::sleep(Duration::from_millis(200)),
+            (503, _) => {}
+            _ => panic!("{reply:?}"),
+        }
+        again.fetch_add(1, Ordering::SeqCst);
+        assert!(started.elapsed() < Duration::from_secs(60), "{reply:?}");
+    };
+    thread::scope(|scope| {
+        for publisher in 0..PUBLISHERS {
+            let (site, told, working, ask) = (&site, &told, &working, &ask);
+            scope.spawn(move || {
+                let signer = signed.then(|| site.join_signed("chat"));
+                for n in 0..SENDS {
+                    let (text, once) = (format!("{publisher}-{n}"), format!("k{n}"));
+                    let body = format!("\"{text}\"");
+                    let target = match &signer {
+                        Some(signer) => format!("chat?{}", signer.query(unix_millis(), &once, &body)),
+                        None => format!("chat?user={publisher}&once={once}"),
+                    };
+                    // At the same moment, and one right after the other.
+                    let ids = match n % 2 {
+                        0 => thread::scope(|both| {
+                            let twin = both.spawn(|| ask(&target, &body));
+                            [ask(&target, &body), twin.join().unwrap()]
+                        }),
+                        _ => [ask(&target, &body), ask(&target, &body)],
+                    };
+                    assert_eq!(ids[0], ids[1], "{text}");
+                    assert_eq!(told.lock().unwrap().insert(ids[0], text), None, "an id twice");
+                }
+                working.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+        // Only for a while, so that all come to an end: each one killed may cost a publisher the lease. While
+        // memcached stops, all are between a write and its reply.
+        scope.spawn(|| {
+            for round in 0.. {
+                if working.load(Ordering::SeqCst) == 0 || started.elapsed() > KILLING {
+                    break;
+                }
+                site.memcached.signal("STOP");
+                thread::sleep(Duration::from_millis(5 + round % 4 * 5));
+                killed.fetch_add(kill_some(&site), Ordering::SeqCst);
+                site.memcached.signal("CONT");
+                thread::sleep(Duration::from_millis(40));
+            }
+        });
+    });
+    let (mut cursor, mut heard) = (start, Vec::new());
+    while poll(&site, true, &mut cursor, &mut heard) > 0 {}
+    let (told, killed) = (told.into_inner().unwrap(), killed.into_inner());
+    println!(
+        "{} heard, {killed} killed, {} requests made again, {:?}",
+        heard.len(),
+        again.into_inner(),
+        started.elapsed()
+    );
+    assert_eq!(told.len(), PUBLISHERS * SENDS);
+    assert_eq!(heard, told.into_iter().collect::<Heard>());
+    assert!(killed >= 10, "too few were killed to prove anything");
 }
 
 /// memcached's incr hands the new token to one who is just reading the old value. Two reads that agree are true.

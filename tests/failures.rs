@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Folder, Front, Memcached, Site};
+use common::{Folder, Front, LEASE_OVER, Memcached, Site, unix_millis};
 
 on_four_fronts! {
     a_memcached_that_is_away_is_a_503_that_says_so
@@ -18,6 +18,9 @@ on_four_fronts! {
     a_full_memcached_refuses_and_nothing_is_acknowledged_that_is_not_stored
     a_stopped_memcached_costs_at_most_two_seconds_and_is_a_bus_again_when_it_runs
     a_memcached_that_comes_back_is_a_bus_again
+    a_publish_whose_end_is_unknown_is_told_or_made_by_its_repeat
+    a_full_memcached_makes_no_message_of_a_repeat_that_it_did_not_store
+    a_signed_bus_whose_memcached_is_away_says_so
 }
 
 /// Something at a unix socket that is not a memcached: serves each connection with `behave`.
@@ -26,13 +29,14 @@ struct Impostor {
 }
 
 impl Impostor {
-    fn start(behave: fn(UnixStream)) -> Impostor {
+    fn start(behave: impl Fn(UnixStream) + Clone + Send + 'static) -> Impostor {
         let folder = Folder::new();
         let listener = UnixListener::bind(folder.join("socket")).unwrap();
         use std::os::unix::fs::PermissionsExt;
         std::fs::set_permissions(folder.join("socket"), std::fs::Permissions::from_mode(0o777)).unwrap();
         thread::spawn(move || {
             for stream in listener.incoming() {
+                let behave = behave.clone();
                 thread::spawn(move || behave(stream.unwrap()));
             }
         });
@@ -47,7 +51,8 @@ impl Impostor {
 /// Join, poll and publish are all answered by this code.
 #[track_caller]
 fn assert_away(site: &Site, bus: &str, code: &str) {
-    for reply in [site.get(bus), site.get(&format!("{bus}?id=0")), site.post(&format!("{bus}?user=1"), "1")] {
+    let publish = |once| site.post(&format!("{bus}?user=1{once}"), "1");
+    for reply in [site.get(bus), site.get(&format!("{bus}?id=0")), publish(""), publish("&once=k")] {
         assert_eq!(reply.outcome(), (503, code.into()), "{bus}: {reply:?}");
         assert_eq!(reply.header("retry-after"), Some("1"));
         assert!(reply.json()["message"].as_str().is_some_and(|text| !text.contains('/')), "no business of a client");
@@ -219,4 +224,102 @@ fn a_memcached_that_comes_back_is_a_bus_again(front: Front) {
     let new = site.publish("chat", 1, "\"after\"");
     let reply = site.get(&format!("chat?id={old}"));
     assert_eq!(reply.text(), format!("[{{\"id\":{new},\"user\":1,\"data\":\"after\"}}]"));
+}
+
+fn a_publish_whose_end_is_unknown_is_told_or_made_by_its_repeat(front: Front) {
+    /// A memcached, but for the write that stores a message: that gets there or not, and is never answered.
+    fn proxy(memcached: &str, arrives: bool, closes: bool) -> Impostor {
+        let memcached = memcached.to_owned();
+        Impostor::start(move |mut stream| {
+            let mut real = UnixStream::connect(&memcached).unwrap();
+            let mut bytes = [0; 4096];
+            while let Ok(length @ 1..) = stream.read(&mut bytes) {
+                let stores = bytes[..length].windows(5).any(|five| five == b"\r\nma ");
+                if !stores || arrives {
+                    real.write_all(&bytes[..length]).unwrap();
+                    let length = real.read(&mut bytes).unwrap();
+                    let _ = stream.write_all(if stores { b"" } else { &bytes[..length] });
+                }
+                if stores && closes {
+                    return;
+                }
+            }
+        })
+    }
+    let memcached = Memcached::start(&[]);
+    let ways = [("closed", true, true), ("silent", true, false), ("lost", false, true)];
+    let proxies =
+        ways.map(|(_, arrives, closes)| proxy(&memcached.address, arrives, closes)).map(|it| (it.address(), it));
+    let lists = proxies.each_ref().map(|(address, _)| [("SHORTBUS_MEMCACHED", &address[..]), ("SHORTBUS_BUS", "chat")]);
+    let settings: Vec<(&str, &[(&str, &str)])> =
+        ways.iter().zip(&lists).map(|(way, list)| (way.0, &list[..])).collect();
+    let site = Site::on(front, memcached, &settings);
+    site.copy("chat");
+    let (_, start) = site.join("chat");
+    for ((way, arrives, _), id) in ways.into_iter().zip(start + 1..) {
+        let post = |bus| site.post(&format!("{bus}?user=1&once={way}"), format!("\"{way}\""));
+        assert_eq!(post(way).outcome(), (503, "outcome_unknown".into()), "{way}");
+        if !arrives {
+            let repeat = post("chat");
+            assert_eq!((repeat.outcome(), repeat.header("retry-after")), ((409, "once_undecided".into()), Some("1")));
+            site.memcached.ask(format!("mg shortbus:chat:1:{way} T{LEASE_OVER}\r\n"));
+        }
+        let told = format!("{{\"user\":1,\"id\":{id}}}");
+        assert_eq!(post("chat").text(), told, "{way}");
+        // Where it stores nothing, the proxy is a memcached.
+        assert_eq!(post(way).text(), told, "{way}");
+        assert_eq!(site.join("chat").1, id);
+    }
+}
+
+fn a_full_memcached_makes_no_message_of_a_repeat_that_it_did_not_store(front: Front) {
+    let site = Site::on(front, Memcached::start(&["-M", "-m", "2"]), &[("chat", &[("SHORTBUS_MAX_BYTES", "100000")])]);
+    let (_, start) = site.join("chat");
+    let body = format!("\"{}\"", "x".repeat(90_000));
+    let (mut told, mut refused) = (Vec::new(), 0);
+    for n in 0.. {
+        // Each twice.
+        for reply in [0, 1].map(|_| site.post(&format!("chat?user=1&once=k{n}"), &body)) {
+            match (reply.outcome().1.as_str(), reply.status) {
+                ("", 200) => told.push(reply.json()["id"].as_u64().unwrap()),
+                ("memcached_full" | "outcome_unknown", 503) | ("once_undecided", 409) => {
+                    assert_eq!(reply.header("retry-after"), Some("1"));
+                    refused += 1;
+                }
+                _ => panic!("{reply:?}"),
+            }
+        }
+        told.dedup();
+        if refused >= 6 {
+            break;
+        }
+        assert!(n < 1_000, "2 MB are never full");
+    }
+    let (mut heard, mut at) = (Vec::new(), start);
+    while at < site.join("chat").1 {
+        let reply = site.get(&format!("chat?id={at}"));
+        heard.extend(reply.json().as_array().unwrap().iter().map(|message| message["id"].as_u64().unwrap()));
+        at = reply.header("shortbus-last-id").unwrap().parse().unwrap();
+    }
+    assert_eq!(heard, told);
+    // Room again: the last one can be made.
+    site.memcached.ask("flush_all\r\n");
+    assert_eq!(site.post("chat?user=1&once=k0", "1").status, 200);
+}
+
+fn a_signed_bus_whose_memcached_is_away_says_so(front: Front) {
+    let key = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
+    let mut site = Site::with(
+        front,
+        &[("keyed", &[("SHORTBUS_AUTH", "signed"), ("SHORTBUS_KEY", key)]), ("chat", &[("SHORTBUS_AUTH", "signed")])],
+    );
+    let users = ["keyed", "chat"].map(|bus| (bus, site.join_signed(bus)));
+    site.memcached.stop();
+    for (bus, user) in &users {
+        let signed = site.post(&format!("{bus}?{}", user.query(unix_millis(), "k", "1")), "1");
+        for reply in [signed, site.get(bus), site.get(&format!("{bus}?id=0"))] {
+            assert_eq!(reply.outcome(), (503, "memcached_unreachable".into()), "{bus}: {reply:?}");
+        }
+        assert_eq!(site.post(&format!("{bus}?user=1"), "1").outcome(), (403, "signature_missing".into()));
+    }
 }

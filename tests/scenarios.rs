@@ -7,9 +7,9 @@ mod common;
 use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use common::{Front, Memcached, Reply, Site, encode};
+use common::{Front, LEASE_OVER, Memcached, RECORD, Reply, Site, encode};
 use serde_json::{Value, json};
 
 on_four_fronts! {
@@ -42,6 +42,11 @@ on_four_fronts! {
     no_header_becomes_a_setting
     memcached_over_tcp_works_as_over_a_unix_socket
     each_bus_lives_on_one_of_several_memcacheds
+    a_send_made_again_is_one_message_with_one_answer
+    a_send_s_name_is_1_to_64_plain_characters
+    a_send_made_many_times_at_the_same_moment_is_one_message
+    a_send_whose_first_request_died_is_one_message_all_the_same
+    a_send_can_be_made_again_after_the_lease_and_anew_after_the_ttl
 }
 
 #[track_caller]
@@ -66,6 +71,13 @@ fn assert_outcome(reply: &Reply, status: u16, code: &str) {
         assert_eq!(reply.header("content-type"), Some("application/json"), "{reply:?}");
         assert!(reply.json()["message"].as_str().is_some_and(|text| text.ends_with('.')), "{reply:?}");
     }
+}
+
+/// The repeat has to come back later.
+#[track_caller]
+fn assert_undecided(reply: &Reply) {
+    assert_outcome(reply, 409, "once_undecided");
+    assert_eq!(reply.header("retry-after"), Some("1"));
 }
 
 fn three_users_who_each_send_two_messages_hear_the_other_two(front: Front) {
@@ -355,7 +367,7 @@ fn an_allowed_origin_may_use_the_bus(front: Front) {
         }
         assert_eq!(
             poll.header("access-control-expose-headers"),
-            Some("Shortbus-Last-Id, Shortbus-Missed, Retry-After")
+            Some("Shortbus-Last-Id, Shortbus-Missed, Retry-After, Date")
         );
     }
 }
@@ -466,7 +478,7 @@ fn a_reply_is_limited_and_the_rest_comes_next(front: Front) {
         for id in start + 1..=start + count {
             commands.push_str(&format!("ms shortbus:{bus}:{id} {} T60 q\r\n1 {body}\r\n", body.len() + 2));
         }
-        site.memcached.ask(&format!("{commands}ma shortbus:{bus}:last D{count}\r\n"));
+        site.memcached.ask(format!("{commands}ma shortbus:{bus}:last D{count}\r\n"));
         let mut heard = 0;
         let mut at = start;
         for expected in [most, count - most, 0] {
@@ -820,7 +832,7 @@ fn each_bus_lives_on_one_of_several_memcacheds(front: Front) {
         // All of a bus is in one place.
         let places: Vec<bool> = (pool.iter())
             .map(|memcached| {
-                let found = memcached.ask(&format!("mg shortbus:{bus}:last\r\nmg shortbus:{bus}:{id}\r\n"));
+                let found = memcached.ask(format!("mg shortbus:{bus}:last\r\nmg shortbus:{bus}:{id}\r\n"));
                 assert!(["HD\r\nHD\r\n", "EN\r\nEN\r\n"].contains(&&found[..]), "{found}");
                 found.starts_with("HD")
             })
@@ -831,6 +843,170 @@ fn each_bus_lives_on_one_of_several_memcacheds(front: Front) {
     assert_eq!(polled(&site.get("twisted?id=0")).len(), 1);
     let busy = pool.iter().filter(|memcached| !memcached.ask("stats\r\n").contains("STAT curr_items 0\r\n")).count();
     assert!(busy > 1);
+}
+
+fn a_send_made_again_is_one_message_with_one_answer(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    site.copy("other");
+    let (_, start) = site.join("chat");
+    let first = site.post("chat?user=1&once=k", "\"a\"");
+    assert_eq!(first.text(), format!("{{\"user\":1,\"id\":{}}}", start + 1));
+    // Also with another message in between, in other words for the same, and with white space that is not the value's.
+    site.publish("chat", 2, "0");
+    for target in ["chat?user=1&once=k", "chat?once=%6b&user=01&time=x&sig=x", "chat?user=1&on%63e=k"] {
+        for body in ["\"a\"", " \"a\"\n"] {
+            let again = site.post(target, body);
+            assert_eq!((again.status, again.body), (200, first.body.clone()), "{target}");
+        }
+    }
+    for body in ["\"b\"", "\"a \"", "[\"a\"]", "\"\\u0061\""] {
+        let differs = site.post("chat?user=1&once=k", body);
+        assert_outcome(&differs, 409, "once_differs");
+        assert_eq!(differs.header("retry-after"), None);
+    }
+    // Another user's, another name, another bus, or none: another message.
+    let others = ["chat?user=2&once=k", "chat?user=1&once=K", "chat?user=11&once=k", "chat?user=1", "chat?user=1"];
+    let ids: Vec<u64> = others.iter().map(|target| site.post(target, "\"a\"").json()["id"].as_u64().unwrap()).collect();
+    assert_eq!(ids, (start + 3..start + 8).collect::<Vec<_>>());
+    assert_eq!(site.post("other?user=1&once=k", "\"b\"").status, 200);
+    let heard = polled(&site.get(&format!("chat?id={start}")));
+    assert_eq!(heard[0], json!({"id": start + 1, "user": 1, "data": "a"}));
+    assert_eq!(heard.len(), 7);
+}
+
+fn a_send_s_name_is_1_to_64_plain_characters(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let (_, start) = site.join("chat");
+    let (longest, all) = ("k".repeat(64), "ABCXYZ-abcxyz_0189");
+    for once in ["k", "0", "-", "_", "last", "key", all, &longest, "%61%2D"] {
+        let target = format!("chat?user=1&once={once}");
+        let first = site.post(&target, "1");
+        assert_outcome(&first, 200, "");
+        assert_eq!(site.post(&target, "1").body, first.body, "{once}");
+    }
+    // The longest of all keys.
+    let name = "é".repeat(127);
+    site.copy(&name);
+    let target = format!("{}?user=9007199254740991&once={longest}", encode(name.as_bytes()));
+    assert_eq!(site.post(&target, "1").text(), site.post(&target, "1").text());
+    let (before, longer) = (site.writes(), "k".repeat(65));
+    for once in
+        ["", "%20", "a+b", "a%20b", "a.b", "a:b", "a/b", "~", "%00", "%0a", "%0d%0a", "%ff", "é", "%C3%A9", &longer]
+    {
+        let reply = site.post(&format!("chat?user=1&once={}", once.replace('é', "%E9")), "1");
+        assert_outcome(&reply, 400, "bad_parameter");
+        let message = reply.json()["message"].as_str().unwrap().to_owned();
+        assert!(message.contains("'once'") && message.contains("1 to 64 characters"), "{message}");
+    }
+    for query in ["user=1&once=k&once=k", "user=1&once=k&onc%65=j", "once=k"] {
+        assert_outcome(&site.post(&format!("chat?{query}"), "1"), 400, "bad_parameter");
+    }
+    assert_eq!(site.writes(), before);
+    assert_eq!(polled(&site.get(&format!("chat?id={start}"))).len(), 9);
+}
+
+fn a_send_made_many_times_at_the_same_moment_is_one_message(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let (_, start) = site.join("chat");
+    // With one body, and with two; and when the lease of a first that died is over.
+    for (round, (bodies, died)) in
+        [(1, false), (1, false), (2, false), (2, false), (1, true), (1, true)].into_iter().enumerate()
+    {
+        let target = format!("chat?user=1&once=k{round}");
+        if died {
+            site.memcached.ask(format!("ms shortbus:chat:1:k{round} 1 T{LEASE_OVER}\r\n7\r\n"));
+        }
+        let replies = site.at_once(8, |n| site.post(&target, ["\"a\"", "\"b\""][n % bodies]));
+        let id = start + 1 + round as u64;
+        let heard = polled(&site.get(&format!("chat?id={}", id - 1)));
+        assert_eq!(heard.len(), 1, "{heard:?}");
+        let told = format!("{{\"user\":1,\"id\":{id}}}");
+        for (n, reply) in replies.iter().enumerate() {
+            match reply.outcome() {
+                (200, _) => assert_eq!(reply.text(), told),
+                (409, code) if code == "once_differs" => assert_eq!(bodies, 2),
+                _ => assert_undecided(reply),
+            }
+            assert!(reply.status == 409 || heard[0]["data"] == ["a", "b"][n % bodies], "{reply:?}");
+        }
+        assert!(replies.iter().any(|reply| reply.status == 200), "{replies:?}");
+        let body = heard[0]["data"].to_string();
+        assert_eq!(site.post(&target, body).text(), told);
+    }
+}
+
+fn a_send_whose_first_request_died_is_one_message_all_the_same(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let (_, start) = site.join("chat");
+    // How far the first came, with ids counted from the newest: those in its record, whose message is in the next
+    // slot, whether `last` knows. And the id that the repeat gets, at once or when the lease is over.
+    for (once, noted, slot, advanced, at_once, id) in [
+        ("claimed", &[][..], None, false, false, 1),
+        ("noted", &[1], None, false, false, 1),
+        ("stored", &[1], Some("1.7"), false, false, 1),
+        ("answered", &[1], Some("1.7"), true, true, 1),
+        ("outrun", &[1], Some("2"), true, false, 2),
+        ("outrun-and-noted", &[1, 2], Some("2.7"), true, false, 2),
+        ("outrun-unadvanced", &[1], Some("1.8"), false, false, 2),
+    ] {
+        let (_, last) = site.join("chat");
+        let record = format!("7{}", noted.iter().map(|n| format!(" {}", last + n)).collect::<String>());
+        let key = format!("shortbus:chat:1:{once}");
+        site.memcached.ask(format!("ms {key} {} T{RECORD}\r\n{record}\r\n", record.len()));
+        if let Some(sender) = slot {
+            let value = format!("{sender} \"{once}\"");
+            site.memcached.ask(format!("ms shortbus:chat:{} {} T61\r\n{value}\r\n", last + 1, value.len()));
+        }
+        if advanced {
+            site.memcached.ask("ma shortbus:chat:last\r\n");
+        }
+        let again = || site.post(&format!("chat?user=1&once={once}"), format!("\"{once}\""));
+        if !at_once {
+            assert_undecided(&again());
+            site.memcached.ask(format!("mg {key} T{LEASE_OVER}\r\n"));
+        }
+        for _ in 0..2 {
+            assert_eq!(again().text(), format!("{{\"user\":1,\"id\":{}}}", last + id), "{once}");
+        }
+        let heard = polled(&site.get(&format!("chat?id={last}")));
+        let own = heard.iter().filter(|message| message["user"] == 1 && message["data"] == once).count();
+        // One more is that of a record that was before this one.
+        assert_eq!(own, if slot == Some("1.8") { 2 } else { 1 }, "{once}: {heard:?}");
+    }
+    assert!(!missed(&site.get(&format!("chat?id={start}"))));
+}
+
+fn a_send_can_be_made_again_after_the_lease_and_anew_after_the_ttl(front: Front) {
+    let site = Site::with(front, &[("brief", &[("SHORTBUS_TTL", "1")])]);
+    site.copy("chat");
+    let (_, start) = site.join("chat");
+    // What a first request leaves that dies at once.
+    site.memcached.ask(format!("ms shortbus:chat:1:k 1 T{RECORD}\r\n7\r\n"));
+    let started = Instant::now();
+    // What each repeat is told where it is something new, and after how many seconds.
+    let mut told: [Vec<(String, f64)>; 2] = [Vec::new(), Vec::new()];
+    while told[0].len() < 2 || told[1].len() < 3 {
+        for (bus, told) in ["chat", "brief"].into_iter().zip(&mut told) {
+            let text = site.post(&format!("{bus}?user=1&once=k"), "1").text().to_owned();
+            if told.last().is_none_or(|(last, _)| *last != text) {
+                told.push((text, started.elapsed().as_secs_f64()));
+            }
+        }
+        assert!(started.elapsed() < Duration::from_secs(10), "{told:?}");
+        thread::sleep(Duration::from_millis(200));
+    }
+    let [died, brief] = told;
+    let published = |id: u64| format!("{{\"user\":1,\"id\":{id}}}");
+    assert!(died[0].0.contains("once_undecided") && died[1].0 == published(start + 1), "{died:?}");
+    assert!((1.5..4.5).contains(&died[1].1), "{died:?}");
+    let first: Value = serde_json::from_str(&brief[0].0).unwrap();
+    let second = published(first["id"].as_u64().expect("published") + 1);
+    assert!(brief[1].0.contains("once_undecided") && brief[2].0 == second, "{brief:?}");
+    assert!((0.9..3.5).contains(&brief[1].1) && (3.9..6.5).contains(&brief[2].1), "{brief:?}");
 }
 
 /// As Debian's fastcgi_params for nginx have it.
