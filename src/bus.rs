@@ -70,7 +70,8 @@ pub struct Once<'a> {
 ///
 /// # Errors
 /// [`Error::Busy`]: nothing was published. [`Error::Store`]: nothing was published.
-/// [`Error::OutcomeUnknown`]: it may have been. [`Error::Undecided`], [`Error::Differs`]: not by this request.
+/// [`Error::OutcomeUnknown`]: it may have been. [`Error::Undecided`], [`Error::Expired`], [`Error::Differs`]: not by
+/// this request.
 pub async fn publish(
     store: &mut impl Store,
     user: u64,
@@ -202,7 +203,7 @@ impl Record<'_> {
                 {
                     return match published == data {
                         // One that slept may have stored it after the slot had expired, when polls were past it.
-                        _ if self.age > ttl => Err(Error::Undecided),
+                        _ if self.age > ttl => Err(Error::Expired),
                         true => Ok(Some(*id)),
                         false => Err(Error::Differs),
                     };
@@ -210,8 +211,11 @@ impl Record<'_> {
             }
             self.passed = ids.len();
         }
-        let at_work = !self.first && self.age < limits::ONCE_LEASE;
-        if at_work || self.age > ttl { Err(Error::Undecided) } else { Ok(None) }
+        match self.age {
+            age if age > ttl => Err(Error::Expired),
+            age if !self.first && age < limits::ONCE_LEASE => Err(Error::Undecided),
+            _ => Ok(None),
+        }
     }
 }
 

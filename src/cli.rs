@@ -49,7 +49,12 @@ fn check(argv0: &[u8]) -> (i32, String) {
     let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
     let auth = if config.auth == Auth::Open { "open" } else { "signed" };
     // Never the key itself: what is shown here is pasted into reports.
-    let key = variable("SHORTBUS_KEY").map_or("none".into(), |key| format!("{} bytes", key.len()));
+    let key = match (&config.auth, variable("SHORTBUS_KEY").map(|key| key.len())) {
+        (Auth::Open, Some(_)) => "of no use: SHORTBUS_AUTH is not signed".into(),
+        (Auth::Open, None) => "none".into(),
+        (Auth::Signed(_), Some(length)) => format!("{length} bytes"),
+        (Auth::Signed(_), None) => "made by the bus, in memcached".into(),
+    };
     let mut out = "With the settings of this shell, and as its user; a request has the web server's.\n".to_owned();
     for (name, value, default) in [
         ("SHORTBUS_BUS", String::from_utf8_lossy(&config.bus).into_owned(), "the file's name"),

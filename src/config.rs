@@ -89,7 +89,7 @@ impl Config {
     /// request, and is remembered for a TTL from then. On a signed bus that is as long as a signature is good, from a
     /// clock that is ahead until it is too old.
     pub fn once_ttl(&self) -> u32 {
-        (2 * self.ttl + limits::ONCE_SLACK).min(limits::TTL_MAX)
+        ((2 * self.ttl).max(limits::ONCE_LEAST) + limits::ONCE_SLACK).min(limits::TTL_MAX)
     }
 }
 

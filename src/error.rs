@@ -11,8 +11,10 @@ pub enum Error {
     Parameter(&'static str, &'static str),
     /// A publish on a signed bus is not by the user it names.
     Signature(Signature),
-    /// The first request with this `once` is at work, or was too long ago to tell its outcome.
+    /// The first request with this `once` may still be at work.
     Undecided,
+    /// The first request with this `once` was longer than the TTL ago: nobody can tell what became of it.
+    Expired,
     /// An earlier request with this `once` had another body.
     Differs,
     /// CONTENT_LENGTH is not a number.
@@ -98,6 +100,7 @@ impl Error {
             Error::Path(_) => (404, "unknown_path"),
             Error::Method(..) => (405, "bad_method"),
             Error::Undecided => (409, "once_undecided"),
+            Error::Expired => (409, "once_expired"),
             Error::Differs => (409, "once_differs"),
             Error::TooLarge { .. } => (413, "too_large"),
             Error::Setting(..) => (500, "bad_setting"),
@@ -146,16 +149,24 @@ impl fmt::Display for Error {
                 write!(f, "The query parameter '{name}' has to be given one time, as {right}.")
             }
             Error::Signature(Signature::Wrong) => {
-                f.write_str("The signature is not this user's over this message; if memcached was restarted, join again.")
+                f.write_str(
+                    "The signature is not this user's over this message: the bus's name, user, time and once, each with a \
+                     line feed behind it, and the body's bytes. Where the bus lost its key with memcached, join again.",
+                )
             }
             Error::Signature(Signature::TooOld) => {
-                f.write_str("The signature's time is too long ago; sign again, and check this device's clock.")
+                f.write_str(
+                    "The signature's time, in milliseconds, is too long ago; sign again, and check this device's clock.",
+                )
             }
             Error::Signature(Signature::ClockAhead) => {
                 f.write_str("The signature's time is too far in the future; check this device's clock.")
             }
-            Error::Undecided => f.write_str(
-                "A message of this user with this 'once' is being published, or was too long ago to tell; ask again later.",
+            Error::Undecided => {
+                f.write_str("A message of this user with this 'once' is just being published; ask again in a moment.")
+            }
+            Error::Expired => f.write_str(
+                "This 'once' is older than the bus remembers its messages: it was published or not; do not send it again.",
             ),
             Error::Differs => f.write_str(
                 "This user has published another message with this 'once'; take a new one for a new message.",

@@ -38,6 +38,9 @@ pub const ONCE_LEASE: u32 = 3;
 /// [`STALE`] after its record was read, and an item lives up to one second less than it was given.
 pub const ONCE_SLACK: u32 = 3;
 
+/// Seconds that a `once` is remembered where twice the TTL is less: longer than the browser client repeats a message.
+pub const ONCE_LEAST: u32 = 60;
+
 /// Least bytes of `SHORTBUS_KEY`: as many as SHA-256 gives out (RFC 2104 section 3).
 pub const KEY_MIN: usize = 32;
 

@@ -41,7 +41,7 @@ fn its_signature_by_openssl_is_right_as_written() {
     let site = Site::with(Front::ApacheCgid, &[("", &[("SHORTBUS_AUTH", "signed")])]);
     site.copy("chat");
     let lines = block("From a terminal, on a signed bus").replace("http://localhost/", &site.url());
-    assert_eq!(lines.lines().count(), 8, "{lines}");
+    assert_eq!(lines.lines().count(), 9, "{lines}");
     // A secret may begin with any of base64url's characters, a hyphen too; and '+' and '/' have to go.
     for _ in 0..20 {
         let output = Command::new("sh").args(["-ec", &lines.replace("curl", "curl -sS")]).output().unwrap();

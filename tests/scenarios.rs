@@ -46,7 +46,7 @@ on_four_fronts! {
     a_send_s_name_is_1_to_64_plain_characters
     a_send_made_many_times_at_the_same_moment_is_one_message
     a_send_whose_first_request_died_is_one_message_all_the_same
-    a_send_can_be_made_again_after_the_lease_and_anew_after_the_ttl
+    a_send_can_be_made_again_after_the_lease_and_not_after_the_ttl
 }
 
 #[track_caller]
@@ -980,7 +980,7 @@ fn a_send_whose_first_request_died_is_one_message_all_the_same(front: Front) {
     assert!(!missed(&site.get(&format!("chat?id={start}"))));
 }
 
-fn a_send_can_be_made_again_after_the_lease_and_anew_after_the_ttl(front: Front) {
+fn a_send_can_be_made_again_after_the_lease_and_not_after_the_ttl(front: Front) {
     let site = Site::with(front, &[("brief", &[("SHORTBUS_TTL", "1")])]);
     site.copy("chat");
     let (_, start) = site.join("chat");
@@ -989,7 +989,7 @@ fn a_send_can_be_made_again_after_the_lease_and_anew_after_the_ttl(front: Front)
     let started = Instant::now();
     // What each repeat is told where it is something new, and after how many seconds.
     let mut told: [Vec<(String, f64)>; 2] = [Vec::new(), Vec::new()];
-    while told[0].len() < 2 || told[1].len() < 3 {
+    while told.iter().any(|told| told.len() < 2) {
         for (bus, told) in ["chat", "brief"].into_iter().zip(&mut told) {
             let text = site.post(&format!("{bus}?user=1&once=k"), "1").text().to_owned();
             if told.last().is_none_or(|(last, _)| *last != text) {
@@ -1003,10 +1003,8 @@ fn a_send_can_be_made_again_after_the_lease_and_anew_after_the_ttl(front: Front)
     let published = |id: u64| format!("{{\"user\":1,\"id\":{id}}}");
     assert!(died[0].0.contains("once_undecided") && died[1].0 == published(start + 1), "{died:?}");
     assert!((1.5..4.5).contains(&died[1].1), "{died:?}");
-    let first: Value = serde_json::from_str(&brief[0].0).unwrap();
-    let second = published(first["id"].as_u64().expect("published") + 1);
-    assert!(brief[1].0.contains("once_undecided") && brief[2].0 == second, "{brief:?}");
-    assert!((0.9..3.5).contains(&brief[1].1) && (3.9..6.5).contains(&brief[2].1), "{brief:?}");
+    assert!(brief[0].0.contains("\"id\":") && brief[1].0.contains("once_expired"), "{brief:?}");
+    assert!((0.9..3.5).contains(&brief[1].1), "{brief:?}");
 }
 
 /// As Debian's fastcgi_params for nginx have it.

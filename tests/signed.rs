@@ -276,7 +276,7 @@ fn a_replay_is_no_second_message_at_any_time(front: Front) {
                     assert!(started.elapsed() < Duration::from_secs(20), "{codes:?}");
                     thread::sleep(Duration::from_millis(100));
                 }
-                let steps = ["", "once_undecided", "signature_too_old"];
+                let steps = ["", "once_expired", "signature_too_old"];
                 assert!(codes == steps || codes == [steps[0], steps[2]], "{codes:?}");
             });
         }

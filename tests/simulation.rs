@@ -766,7 +766,7 @@ async fn publish(client: &mut Client, data: u64, token: Option<u64>) -> bool {
                 world.acknowledged.push((message, begun.min(message.at), now));
             }
         }
-        Err(Error::Undecided) if repeatable => {
+        Err(Error::Undecided | Error::Expired) if repeatable => {
             // A working repeat has to wait for the lease, and to come in time, and for nothing else.
             let due = first && world.lives[me].claimed == claimed_at || age(began) >= u64::from(limits::ONCE_LEASE);
             let in_time = age(tick) <= ttl;
