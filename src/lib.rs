@@ -18,6 +18,7 @@ pub mod cgi;
 pub mod cli;
 pub mod config;
 pub mod error;
+pub mod fastcgi;
 pub mod files;
 pub mod hash;
 pub mod http;

@@ -93,3 +93,14 @@ pub const RETRY_AFTER: u32 = 1;
 
 /// How long a browser may keep a preflight's answer, seconds (Chromium caps it at 7,200).
 pub const PREFLIGHT_AGE: u32 = 7_200;
+
+/// FastCGI connections served at a time, each with at most one request; fewer where the process may open fewer files.
+/// Beyond it, requests are told to come back later.
+pub const CONNECTIONS: usize = 16_384;
+
+/// Bytes of a FastCGI request's parameters, names and lengths included. nginx and Apache let some 40 KB of request
+/// headers through as they come.
+pub const PARAMETERS_BYTES: usize = 64 << 10;
+
+/// Bytes of a FastCGI management record: three known names are asked for, 45 bytes.
+pub const MANAGEMENT_BYTES: usize = 512;
