@@ -44,6 +44,10 @@ pub enum Error {
         /// `SHORTBUS_MAX_BYTES`.
         limit: usize,
     },
+    /// FastCGI parameters, the request's headers among them, are longer than [`crate::limits::PARAMETERS_BYTES`].
+    Parameters,
+    /// More connections than a FastCGI process serves.
+    Crowded,
     /// A setting that cannot be used: its name, its value, and what it may be.
     Setting(&'static str, String, &'static str),
     /// Too many publishers at once; nothing was published.
@@ -103,6 +107,8 @@ impl Error {
             Error::Expired => (409, "once_expired"),
             Error::Differs => (409, "once_differs"),
             Error::TooLarge { .. } => (413, "too_large"),
+            Error::Parameters => (431, "headers_too_large"),
+            Error::Crowded => (503, "crowded"),
             Error::Setting(..) => (500, "bad_setting"),
             Error::Busy => (503, "busy"),
             Error::OutcomeUnknown(_) => (503, "outcome_unknown"),
@@ -186,6 +192,8 @@ impl fmt::Display for Error {
             Error::TooLarge { limit } => {
                 write!(f, "The body is longer than the {limit} bytes this bus takes; SHORTBUS_MAX_BYTES sets that.")
             }
+            Error::Parameters => f.write_str("The request's headers are longer than 64 KB in all."),
+            Error::Crowded => f.write_str("The bus has all the connections it can serve; try again later."),
             Error::Setting(name, _, allowed) => write!(f, "{name} cannot be used as it is; it has to be {allowed}."),
             Error::Busy => f.write_str("Too many are publishing at this moment; nothing was published, send it again."),
             Error::Store(StoreError::TooOld(_)) => f.write_str("The bus needs memcached 1.6.10 or later."),

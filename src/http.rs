@@ -74,6 +74,7 @@ impl Response {
             405 => "Method Not Allowed",
             409 => "Conflict",
             413 => "Content Too Large",
+            431 => "Request Header Fields Too Large",
             500 => "Internal Server Error",
             _ => "Service Unavailable",
         };
@@ -201,6 +202,11 @@ fn serve(file: &File, if_none_match: &[u8]) -> Response {
         "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
     );
     response
+}
+
+/// Answers without a look at the request: the shell cannot serve it.
+pub fn refuse(error: &Error) -> Response {
+    failure(b"-", error)
 }
 
 fn failure(bus: &[u8], error: &Error) -> Response {

@@ -25,5 +25,7 @@ pub mod http;
 pub mod limits;
 pub mod memcached;
 pub mod message;
+pub mod pipeline;
+pub mod server;
 pub mod signature;
 pub mod store;

@@ -104,3 +104,25 @@ pub const PARAMETERS_BYTES: usize = 64 << 10;
 
 /// Bytes of a FastCGI management record: three known names are asked for, 45 bytes.
 pub const MANAGEMENT_BYTES: usize = 512;
+
+/// memcached servers a process keeps a connection to when nobody waits for them.
+pub const SERVERS: usize = 64;
+
+/// Connections beyond [`CONNECTIONS`] that are still taken, each for one request, to say so. The rest wait in the
+/// socket's queue.
+pub const CONNECTIONS_REFUSED: usize = 16;
+
+/// Files a FastCGI process keeps for other things than web servers' connections: memcached servers, a name server,
+/// the event loop, the standard streams.
+pub const FILES_SPARE: usize = 32;
+
+/// Pause before accepting again when the system has run out of file descriptors or memory.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long a web server may pause in the middle of a request it sends, or of a reply it takes; as long as nginx and
+/// Apache wait themselves.
+pub const PEER_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long a process that was told to end finishes what it is answering: no reply takes longer than
+/// [`STORE_DEADLINE`], and a web server that does not read it is not waited for.
+pub const GRACE: Duration = Duration::from_secs(4);

@@ -9,7 +9,7 @@
 use std::io::Write;
 use std::os::unix::ffi::OsStringExt;
 
-use shortbus::{cgi, cli};
+use shortbus::{cgi, cli, server};
 
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
@@ -20,10 +20,20 @@ extern "C" fn main() -> i32 {
         cgi::serve(&argv0);
         return 0;
     }
+    if let Some(listener) = server::listener() {
+        let ended = server::serve(&argv0, listener);
+        return ended.map_or_else(|error| report(&format!("shortbus: cannot serve: {error}\n")), |()| 0);
+    }
     let (code, text) = cli::run(&argv0, &arguments.collect::<Vec<_>>());
     let written = match code {
         2 => std::io::stderr().write_all(text.as_bytes()),
         _ => std::io::stdout().write_all(text.as_bytes()),
     };
     if written.is_err() { 1 } else { code }
+}
+
+/// Tells the operator: exit code 1.
+fn report(line: &str) -> i32 {
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    1
 }

@@ -15,6 +15,7 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::config::whole_number;
 use crate::hash;
 use crate::limits;
 use crate::store::{Counter, Op, Reply, Store, StoreError};
@@ -28,16 +29,12 @@ pub struct Memcached {
 }
 
 impl Memcached {
-    /// Connects to the one of `servers` that `bus` lives on, by rendezvous hashing: adding or removing another
-    /// moves no other bus.
+    /// Connects to the one of `servers` that `bus` lives on.
     ///
     /// # Errors
     /// [`StoreError::Unreachable`] and [`StoreError::Timeout`].
     pub fn connect(servers: &[String], bus: &[u8]) -> Result<Memcached, StoreError> {
-        let server = match servers {
-            [only] => only.clone(),
-            _ => servers[Rendezvous::new().route(bus, servers)].clone(),
-        };
+        let server = home(servers, bus).to_owned();
         let started = Instant::now();
         let socket = connect(&server, started).map_err(|error| at(&server, Error::Io(error)))?;
         // The crate speaks over a TcpStream; to read, write and time-outs a connected unix socket is the same.
@@ -66,30 +63,6 @@ impl Memcached {
         };
         ask().map_err(|error| at(&self.server, Error::Io(error)))
     }
-
-    fn command(&self, op: &Op) -> MetaCommand {
-        let slot = |id: &u64| format!("{}{id}", self.prefix);
-        // A slot's key is a number, a record's has a colon.
-        let named = |name: &str| format!("{}{name}", self.prefix);
-        let last = || named("last");
-        match op {
-            Op::Last => MetaCommand::new(MetaOp::Get, last()).flag("v").flag("c"),
-            Op::Create(start) => MetaCommand::new(MetaOp::Set, last()).flag("ME").value(start.to_string()),
-            Op::Advance(cas) => MetaCommand::new(MetaOp::Arithmetic, last()).flag(format!("C{cas}")),
-            Op::Add { id, value, ttl } => {
-                MetaCommand::new(MetaOp::Set, slot(id)).flag("ME").flag(format!("T{ttl}")).value(*value)
-            }
-            Op::Get(id) => MetaCommand::new(MetaOp::Get, slot(id)).flag("v"),
-            Op::Probe(id) => MetaCommand::new(MetaOp::Get, slot(id)),
-            Op::Claim { once, token, ttl } => {
-                MetaCommand::new(MetaOp::Set, named(once)).flag("ME").flag(format!("T{ttl}")).value(token.to_string())
-            }
-            Op::Note(once, id) => MetaCommand::new(MetaOp::Set, named(once)).flag("MA").value(format!(" {id}")),
-            Op::Record(once) => MetaCommand::new(MetaOp::Get, named(once)).flag("v").flag("t"),
-            Op::Key => MetaCommand::new(MetaOp::Get, named("key")).flag("v"),
-            Op::CreateKey(key) => MetaCommand::new(MetaOp::Set, named("key")).flag("ME").value(*key),
-        }
-    }
 }
 
 impl Store for Memcached {
@@ -99,15 +72,15 @@ impl Store for Memcached {
             return Err(StoreError::Late(self.server.clone()));
         }
         self.connection.set_io_timeout(Some(left));
-        let commands: Vec<MetaCommand> = batch.iter().map(|op| self.command(op)).collect();
+        let commands: Vec<MetaCommand> = batch.iter().map(|op| command(&self.prefix, op)).collect();
         let responses = self.connection.execute_batch(&commands).map_err(|error| at(&self.server, error))?;
-        let replies = batch.iter().zip(responses).map(|(op, response)| reply(op, response));
-        replies.collect::<Option<_>>().ok_or_else(|| StoreError::Broken(format!("{}: unexpected reply", self.server)))
+        let parts = |response: MetaResponse| (response.rc(), cas(&response), response.into_value());
+        let replies = batch.iter().zip(responses).map(|(op, response)| reply(op, parts(response)));
+        replies.collect::<Option<_>>().ok_or_else(|| unexpected(&self.server))
     }
 
     async fn pause(&mut self, longest: Duration) {
-        let random = SysRng.try_next_u32().unwrap_or_default();
-        std::thread::sleep(longest / 2 + longest.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0));
+        std::thread::sleep(random_pause(longest));
     }
 
     fn now(&self) -> Duration {
@@ -115,18 +88,53 @@ impl Store for Memcached {
     }
 
     fn unix_micros(&self) -> u64 {
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_micros() as u64)
+        unix_micros()
+    }
+}
+
+/// Between half of `longest` and `longest`.
+pub(crate) fn random_pause(longest: Duration) -> Duration {
+    let random = SysRng.try_next_u32().unwrap_or_default();
+    longest / 2 + longest.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
+}
+
+pub(crate) fn unix_micros() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_micros() as u64)
+}
+
+/// What asks memcached for `op`.
+pub(crate) fn command(prefix: &str, op: &Op) -> MetaCommand {
+    let slot = |id: &u64| format!("{prefix}{id}");
+    // A slot's key is a number, a record's has a colon.
+    let named = |name: &str| format!("{prefix}{name}");
+    let last = || named("last");
+    match op {
+        Op::Last => MetaCommand::new(MetaOp::Get, last()).flag("v").flag("c"),
+        Op::Create(start) => MetaCommand::new(MetaOp::Set, last()).flag("ME").value(start.to_string()),
+        Op::Advance(cas) => MetaCommand::new(MetaOp::Arithmetic, last()).flag(format!("C{cas}")),
+        Op::Add { id, value, ttl } => {
+            MetaCommand::new(MetaOp::Set, slot(id)).flag("ME").flag(format!("T{ttl}")).value(*value)
+        }
+        Op::Get(id) => MetaCommand::new(MetaOp::Get, slot(id)).flag("v"),
+        Op::Probe(id) => MetaCommand::new(MetaOp::Get, slot(id)),
+        Op::Claim { once, token, ttl } => {
+            MetaCommand::new(MetaOp::Set, named(once)).flag("ME").flag(format!("T{ttl}")).value(token.to_string())
+        }
+        Op::Note(once, id) => MetaCommand::new(MetaOp::Set, named(once)).flag("MA").value(format!(" {id}")),
+        Op::Record(once) => MetaCommand::new(MetaOp::Get, named(once)).flag("v").flag("t"),
+        Op::Key => MetaCommand::new(MetaOp::Get, named("key")).flag("v"),
+        Op::CreateKey(key) => MetaCommand::new(MetaOp::Set, named("key")).flag("ME").value(*key),
     }
 }
 
 /// What is left of [`limits::STORE_DEADLINE`].
-fn left(started: Instant) -> Duration {
+pub(crate) fn left(started: Instant) -> Duration {
     limits::STORE_DEADLINE.saturating_sub(started.elapsed())
 }
 
 /// Connects, looking the name up first where it is one. SO_SNDTIMEO bounds connect(2) for both kinds of socket;
 /// without it a memcached that accepts no more holds every request that comes to a unix socket for ever.
-fn connect(server: &str, started: Instant) -> io::Result<Socket> {
+pub(crate) fn connect(server: &str, started: Instant) -> io::Result<Socket> {
     if server.starts_with('/') {
         return dial(Domain::UNIX, &SockAddr::unix(server)?, left(started));
     }
@@ -172,7 +180,7 @@ const EAGAIN: i32 = 11;
 const EINPROGRESS: i32 = 115;
 
 /// What a failure of the exchange means.
-fn at(server: &str, error: Error) -> StoreError {
+pub(crate) fn at(server: &str, error: Error) -> StoreError {
     let cause = format!("{server}: {error}");
     match error {
         Error::Io(error) => match error.kind() {
@@ -191,20 +199,21 @@ fn at(server: &str, error: Error) -> StoreError {
     }
 }
 
-/// The reply to `op`; none where it makes no sense for it.
-fn reply(op: &Op, response: MetaResponse) -> Option<Reply> {
-    let rc = response.rc();
+/// The number that a flag of a response brings: the CAS token, or how many seconds are left.
+pub(crate) fn cas(response: &MetaResponse) -> Option<u64> {
+    let number = |flag: &[u8]| whole_number(flag.strip_prefix(b"c").or(flag.strip_prefix(b"t"))?);
+    response.flags().find_map(number)
+}
+
+/// The reply to `op`, from a response's return code, number and value; none where it makes no sense for it.
+pub(crate) fn reply(op: &Op, (rc, number, value): (ReturnCode, Option<u64>, Option<Vec<u8>>)) -> Option<Reply> {
     match (op, rc) {
         (Op::Last, ReturnCode::Va) => {
-            let value = crate::config::whole_number(response.value()?).filter(|&value| value < limits::MAX_ID)?;
-            let cas = response.flags().find_map(|flag| crate::config::whole_number(flag.strip_prefix(b"c")?))?;
-            Some(Reply::Counter(Counter { value, cas }))
+            let value = whole_number(&value?).filter(|&value| value < limits::MAX_ID)?;
+            Some(Reply::Counter(Counter { value, cas: number? }))
         }
-        (Op::Get(_) | Op::Key, ReturnCode::Va) => response.into_value().map(Reply::Value),
-        (Op::Record(_), ReturnCode::Va) => {
-            let left = response.flags().find_map(|flag| crate::config::whole_number(flag.strip_prefix(b"t")?))?;
-            Some(Reply::Record(response.into_value()?, u32::try_from(left).ok()?))
-        }
+        (Op::Get(_) | Op::Key, ReturnCode::Va) => value.map(Reply::Value),
+        (Op::Record(_), ReturnCode::Va) => Some(Reply::Record(value?, u32::try_from(number?).ok()?)),
         (Op::Last | Op::Get(_) | Op::Probe(_) | Op::Record(_) | Op::Key, ReturnCode::En) => Some(Reply::Missing),
         (Op::Advance(_), ReturnCode::Nf) => Some(Reply::Missing),
         (Op::Advance(_), ReturnCode::Ex) => Some(Reply::Taken),
@@ -218,9 +227,22 @@ fn reply(op: &Op, response: MetaResponse) -> Option<Reply> {
     }
 }
 
+/// Memcached, or what is there in its place, answered something else than it was asked.
+pub(crate) fn unexpected(server: &str) -> StoreError {
+    StoreError::Broken(format!("{server}: unexpected reply"))
+}
+
+/// The one of `servers` that a bus lives on, by rendezvous hashing: adding or removing another moves no other bus.
+pub(crate) fn home<'a>(servers: &'a [String], bus: &[u8]) -> &'a str {
+    match servers {
+        [only] => only,
+        _ => &servers[Rendezvous::new().route(bus, servers)],
+    }
+}
+
 /// `shortbus:NAME:`, where no two names share a key and no key holds a space. A name too long for memcached's 250
 /// bytes is cut and hashed.
-fn key_prefix(bus: &[u8]) -> String {
+pub(crate) fn key_prefix(bus: &[u8]) -> String {
     let mut name = encode_name(bus);
     if name.len() > limits::NAME_MAX {
         // '*' stands in no encoded name, so a cut name is never another bus's whole one.
