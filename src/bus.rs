@@ -219,12 +219,12 @@ impl Record<'_> {
     }
 }
 
-/// Every live message after `after`, but those of `except`, in the order of their ids. One round trip where at most
-/// [`limits::WINDOW`] messages are new; it costs what it returns, however far behind `after` is.
+/// Every live message after `after`, but those of `except`, in the order of their ids. One round trip where nothing
+/// is new, or no more than [`Store::ahead`]; it costs what it returns, however far behind `after` is.
 pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Result<Page, Error> {
     // `last` before the slots: a slot read earlier than `last` could be published in between, and skipped for ever.
     let mut batch = vec![Op::Last];
-    batch.extend((1..=limits::WINDOW).map(|n| Op::Get(after + n)));
+    batch.extend((1..=store.ahead()).map(|n| Op::Get(after + n)));
     let mut replies = store.run(&batch).await?.into_iter();
     let page = Page { json: vec![b'['], last_id: after, missed: false };
     let mut reader = Reader { page, except, count: 0, scanned: 0, full: false };
@@ -238,7 +238,7 @@ pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Re
         reader.page.missed = true;
         reader.page.last_id = 0;
     } else {
-        live = reader.take(replies, last);
+        live = store.ahead() == 0 || reader.take(replies, last);
     }
     while reader.wants_more(last) {
         if !live {

@@ -10,11 +10,11 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::TcpStream as StdTcpStream;
 use std::os::fd::OwnedFd;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::thread;
@@ -25,13 +25,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use crate::config::whole_number;
 use crate::limits;
-use crate::memcached::{
-    at, cas, command, connect, home, key_prefix, left, random_pause, reply, unexpected, unix_micros,
-};
+use crate::memcached::{at, cas, command, connect, home, key_prefix, random_pause, reply, unexpected, unix_micros};
 use crate::store::{Op, Reply, Store, StoreError};
 
 type Result<T> = std::result::Result<T, StoreError>;
@@ -119,6 +117,9 @@ struct State {
     out: Vec<u8>,
     /// The batches whose replies are still to come, in order.
     waiting: VecDeque<Waiting>,
+    /// When to look next for those who have waited too long: not after any of them has.
+    alarm: Option<Instant>,
+    reset_alarm: bool,
     /// It takes no further batch.
     retired: bool,
     driver: Option<Waker>,
@@ -128,7 +129,10 @@ struct State {
 type Parts = (ReturnCode, Option<u64>, Option<Vec<u8>>);
 
 struct Waiting {
-    sender: oneshot::Sender<Result<Vec<Parts>>>,
+    /// None once it has been told.
+    sender: Option<oneshot::Sender<Result<Vec<Parts>>>>,
+    /// When it has waited too long.
+    deadline: Instant,
     /// Replies still to come.
     missing: usize,
     result: Result<Vec<Parts>>,
@@ -154,7 +158,13 @@ impl Pipeline {
         idle
     }
 
-    fn send(&self, prefix: &str, batch: &[Op<'_>], server: &str) -> Result<oneshot::Receiver<Result<Vec<Parts>>>> {
+    fn send(
+        &self,
+        prefix: &str,
+        batch: &[Op<'_>],
+        deadline: Instant,
+        server: &str,
+    ) -> Result<oneshot::Receiver<Result<Vec<Parts>>>> {
         let state = &mut *self.state.borrow_mut();
         if state.retired {
             // What was read on it may be another memcached's by now, tokens and all.
@@ -164,7 +174,10 @@ impl Pipeline {
             command(prefix, op).encode_into(&mut state.out).map_err(|error| at(server, error))?;
         }
         let (sender, receiver) = oneshot::channel();
-        state.waiting.push_back(Waiting { sender, missing: batch.len(), result: Ok(Vec::with_capacity(batch.len())) });
+        let result = Ok(Vec::with_capacity(batch.len()));
+        state.waiting.push_back(Waiting { sender: Some(sender), deadline, missing: batch.len(), result });
+        // Seldom: one alarm does for all that comes before it rings. A timer for each would cost as much as a read.
+        state.reset_alarm |= state.alarm.is_none_or(|alarm| deadline < alarm);
         state.wake();
         Ok(receiver)
     }
@@ -172,27 +185,44 @@ impl Pipeline {
     /// The connection's task. Ends when it fails, or is retired and nobody waits.
     async fn drive(self: Rc<Pipeline>, mut stream: TcpStream, server: String) {
         let mut input = Vec::new();
-        let error = poll_fn(|context| self.poll(&mut stream, &mut input, &server, context)).await;
+        let mut alarm = pin!(sleep(limits::STORE_DEADLINE));
+        let error = poll_fn(|context| {
+            let mut state = self.state.borrow_mut();
+            if let Poll::Ready(error) = state.poll(&mut stream, &mut input, &server, context) {
+                return Poll::Ready(error);
+            }
+            while state.alarm.is_some() && alarm.as_mut().poll(context).is_ready() || state.reset_alarm {
+                state.give_up(&server);
+                state.alarm.iter().for_each(|next| alarm.as_mut().reset((*next).into()));
+            }
+            if state.retired && state.waiting.iter().all(|waiting| waiting.sender.is_none()) {
+                return Poll::Ready(unexpected(&server));
+            }
+            state.driver = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await;
         let mut state = self.state.borrow_mut();
         state.retired = true;
-        for waiting in state.waiting.drain(..) {
-            let _ = waiting.sender.send(Err(error.clone()));
+        for sender in state.waiting.drain(..).filter_map(|waiting| waiting.sender) {
+            let _ = sender.send(Err(error.clone()));
         }
     }
+}
 
+impl State {
     /// Sends and receives as far as it goes; ready with what ended the connection.
     fn poll(
-        &self,
+        &mut self,
         stream: &mut TcpStream,
         input: &mut Vec<u8>,
         server: &str,
         context: &mut Context,
     ) -> Poll<StoreError> {
         let failed = |error| at(server, Error::Io(error));
-        let state = &mut *self.state.borrow_mut();
-        while !state.out.is_empty() {
-            match Pin::new(&mut *stream).poll_write(context, &state.out) {
-                Poll::Ready(Ok(written)) => drop(state.out.drain(..written)),
+        while !self.out.is_empty() {
+            match Pin::new(&mut *stream).poll_write(context, &self.out) {
+                Poll::Ready(Ok(written)) => drop(self.out.drain(..written)),
                 Poll::Ready(Err(error)) => return Poll::Ready(failed(error)),
                 Poll::Pending => break,
             }
@@ -206,21 +236,28 @@ impl Pipeline {
                 }
                 Poll::Ready(Ok(())) => input.extend_from_slice(buffer.filled()),
                 Poll::Ready(Err(error)) => return Poll::Ready(failed(error)),
-                Poll::Pending => break,
+                Poll::Pending => return Poll::Pending,
             }
-            if let Err(error) = state.receive(input, server) {
+            if let Err(error) = self.receive(input, server) {
                 return Poll::Ready(error);
             }
         }
-        if state.retired && state.waiting.iter().all(|waiting| waiting.sender.is_closed()) {
-            return Poll::Ready(unexpected(server));
-        }
-        state.driver = Some(context.waker().clone());
-        Poll::Pending
     }
-}
 
-impl State {
+    /// Tells those who have waited too long, and sets the alarm for the next one.
+    fn give_up(&mut self, server: &str) {
+        let now = Instant::now();
+        for waiting in self.waiting.iter_mut().filter(|waiting| waiting.deadline <= now) {
+            if let Some(sender) = waiting.sender.take() {
+                let _ = sender.send(Err(at(server, Error::Io(io::ErrorKind::TimedOut.into()))));
+                self.retired = true;
+            }
+        }
+        self.alarm =
+            self.waiting.iter().filter(|waiting| waiting.sender.is_some()).map(|waiting| waiting.deadline).min();
+        self.reset_alarm = false;
+    }
+
     fn wake(&mut self) {
         self.driver.take().map(Waker::wake).unwrap_or_default();
     }
@@ -242,7 +279,7 @@ impl State {
             if waiting.missing == 0
                 && let Some(waiting) = self.waiting.pop_front()
             {
-                let _ = waiting.sender.send(waiting.result);
+                let _ = waiting.sender.map(|sender| sender.send(waiting.result));
             }
         }
         let taken = input.len() - rest.len();
@@ -305,7 +342,11 @@ impl Pipelined {
             Some(pipeline) => pipeline,
             None => self.pipeline.insert(self.pool.pipeline(&self.server).await?),
         };
-        let receiver = pipeline.send(&self.prefix, batch, &self.server)?;
+        let deadline = self.started + limits::STORE_DEADLINE;
+        if deadline <= Instant::now() {
+            return Err(StoreError::Late(self.server.clone()));
+        }
+        let receiver = pipeline.send(&self.prefix, batch, deadline, &self.server)?;
         receiver.await.unwrap_or_else(|_| Err(unexpected(&self.server)))
     }
 
@@ -318,23 +359,17 @@ impl Pipelined {
 
 impl Store for Pipelined {
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>> {
-        let left = left(self.started);
-        if left.is_zero() {
-            return Err(StoreError::Late(self.server.clone()));
-        }
-        let result = timeout(left, self.exchange(batch)).await;
-        let replies = match result {
-            Ok(Ok(parts)) => batch.iter().zip(parts).map(|(op, parts)| reply(op, parts)).collect::<Option<_>>(),
-            Ok(Err(error)) => return Err(error),
-            Err(_) => {
-                self.pipeline.iter().for_each(|pipeline| pipeline.retire());
-                return Err(at(&self.server, Error::Io(io::ErrorKind::TimedOut.into())));
-            }
-        };
-        replies.ok_or_else(|| {
+        let parts = self.exchange(batch).await?;
+        let replies = batch.iter().zip(parts).map(|(op, parts)| reply(op, parts));
+        replies.collect::<Option<_>>().ok_or_else(|| {
             self.pipeline.iter().for_each(|pipeline| pipeline.retire());
             unexpected(&self.server)
         })
+    }
+
+    /// Most polls find nothing new, and another round trip on an open connection is cheap.
+    fn ahead(&self) -> u64 {
+        0
     }
 
     async fn pause(&mut self, longest: Duration) {

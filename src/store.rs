@@ -97,6 +97,12 @@ pub trait Store {
     /// error, after which nothing is known of any of them.
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError>;
 
+    /// How many slots a poll reads along with `last`, in case they hold something new. Worth it where the next round
+    /// trip costs more than the reading.
+    fn ahead(&self) -> u64 {
+        crate::limits::WINDOW
+    }
+
     /// Waits for a random time between half of `longest` and `longest`.
     async fn pause(&mut self, longest: Duration);
 
