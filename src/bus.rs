@@ -27,6 +27,13 @@ pub struct Page {
     pub missed: bool,
 }
 
+impl Page {
+    /// Whether it tells a client anything: a message, or that some were missed.
+    pub fn is_empty(&self) -> bool {
+        self.json == b"[]" && !self.missed
+    }
+}
+
 /// The id of the newest message, for a client that wants what comes after it. One round trip, two on a new bus.
 ///
 /// Creates the counter where there is none, so that the first poll can tell "nothing was missed".

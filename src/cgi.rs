@@ -8,9 +8,13 @@ use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
+use crate::bus;
 use crate::config::Config;
-use crate::http;
+use crate::event_stream;
+use crate::http::{self, Response};
+use crate::limits;
 use crate::memcached::Memcached;
 
 /// A variable of the environment, whatever its bytes.
@@ -30,9 +34,69 @@ pub fn serve(argv0: &[u8]) {
     if let Some(line) = &response.log {
         let _ = fd(2).write_all(format!("{line}\n").as_bytes());
     }
+    if response.held.is_some() {
+        return hold(response, is_nph(argv0));
+    }
     let head = variable("REQUEST_METHOD").is_some_and(|method| method == b"HEAD");
-    let nph = argv0.rsplit(|&byte| byte == b'/').next().is_some_and(|name| name.starts_with(b"nph-"));
-    let _ = fd(1).write_all(&response.to_cgi(head, nph));
+    let _ = fd(1).write_all(&response.to_cgi(head, is_nph(argv0)));
+}
+
+fn is_nph(argv0: &[u8]) -> bool {
+    argv0.rsplit(|&byte| byte == b'/').next().is_some_and(|name| name.starts_with(b"nph-"))
+}
+
+/// Holds a poll until there is something new, or streams, for as long as `SHORTBUS_WAIT` lets it.
+fn hold(mut response: Response, nph: bool) {
+    let mut text = response.to_cgi(false, nph);
+    let Some(held) = response.held.take() else {
+        return;
+    };
+    let started = Instant::now();
+    let mut page = held.page;
+    let (mut at, mut heartbeat) = (page.last_id, started);
+    if held.stream {
+        event_stream::begin(&mut text);
+        event_stream::page(&mut text, &page, 0);
+        event_stream::cursor(&mut text, at);
+    }
+    while held.stream || page.is_empty() {
+        if held.stream && !text.is_empty() {
+            // A client that has gone ends it.
+            if fd(1).write_all(&text).is_err() {
+                return;
+            }
+            text.clear();
+            heartbeat = Instant::now();
+        }
+        let left = Duration::from_secs(held.seconds.into()).saturating_sub(started.elapsed());
+        if left.is_zero() {
+            break;
+        }
+        std::thread::sleep(limits::CGI_WATCH_INTERVAL.min(left));
+        // A memcached that is away may be back before the time is over.
+        let store = Memcached::connect(&held.config.memcached, &held.config.bus);
+        if let Ok(mut store) = store
+            && let Ok(next) = block_on(bus::poll(&mut store, page.last_id, held.user))
+        {
+            page = next;
+        } else {
+            continue;
+        }
+        if held.stream {
+            at = event_stream::page(&mut text, &page, at);
+        }
+        if held.stream && heartbeat.elapsed() >= limits::HEARTBEAT {
+            text.extend_from_slice(event_stream::HEARTBEAT);
+            if at < page.last_id {
+                at = page.last_id;
+                event_stream::cursor(&mut text, at);
+            }
+        }
+    }
+    if !held.stream {
+        response.fill(page);
+        let _ = fd(1).write_all(&response.to_cgi(false, nph));
+    }
 }
 
 /// Runs a future that never waits: every operation of a blocking store is ready at once.

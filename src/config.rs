@@ -9,6 +9,7 @@ pub type Vars<'a> = &'a dyn Fn(&str) -> Option<Vec<u8>>;
 const TTL_ALLOWED: &str = "a whole number of seconds from 1 to 2592000";
 const BYTES_ALLOWED: &str = "a whole number of bytes from 1 to 1000000";
 const MEMCACHED_ALLOWED: &str = "host:port, or the path of a unix socket; several are separated by spaces";
+const WAIT_ALLOWED: &str = "a whole number of seconds from 1 to 60";
 const AUTH_ALLOWED: &str = "signed, or left out";
 const KEY_ALLOWED: &str = "at least 32 bytes that nobody can guess; make one with: openssl rand -base64 32";
 const BUS_ALLOWED: &str = "a name of at least one byte";
@@ -16,7 +17,7 @@ const ORIGIN_ALLOWED: &str =
     "*, or origins separated by spaces, each as a browser sends it: lower case, no path, like https://example.org";
 
 /// How one bus is set up.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The bus's name, any bytes.
     pub bus: Vec<u8>,
@@ -28,6 +29,8 @@ pub struct Config {
     pub memcached: Vec<String>,
     /// Origins whose pages may use the bus, `*` for all.
     pub allow_origin: Vec<String>,
+    /// Longest time a request may be held, seconds; 0 where the setting says nothing.
+    pub wait: u32,
     /// Who may publish.
     pub auth: Auth,
 }
@@ -76,6 +79,7 @@ impl Config {
                 servers => servers,
             },
             allow_origin: list(vars, "SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
+            wait: number(vars, "SHORTBUS_WAIT", 0, limits::WAIT_MAX.into(), WAIT_ALLOWED)? as u32,
             auth: auth(vars)?,
         })
     }

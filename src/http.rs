@@ -19,7 +19,7 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use url::form_urlencoded;
 
-use crate::bus::{self, Once};
+use crate::bus::{self, Once, Page};
 use crate::config::{Auth, Config, Vars, whole_number};
 use crate::error::Error;
 use crate::files::{self, File};
@@ -39,11 +39,30 @@ pub struct Response {
     body: Vec<u8>,
     /// The line for stderr, where something went wrong.
     pub log: Option<String>,
+    /// It is not to be sent yet, or is to go on.
+    pub held: Option<Box<Held>>,
+}
+
+/// A poll that waits for messages: what the process that serves it has to do.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The bus.
+    pub config: Config,
+    /// Whose messages are left out.
+    pub user: Option<u64>,
+    /// What was there at once. The cursor to go on from is in it.
+    pub page: Page,
+    /// The response is the head of an event stream ([`crate::event_stream`]). Else it is to be filled with a page
+    /// that is not empty, or with the last one when the time is over.
+    pub stream: bool,
+    /// The time, seconds.
+    pub seconds: u32,
 }
 
 impl Response {
     fn new(status: u16, media_type: &str, cache: &str, body: impl Into<Vec<u8>>) -> Response {
-        let mut response = Response { status, headers: String::with_capacity(256), body: body.into(), log: None };
+        let mut response =
+            Response { status, headers: String::with_capacity(256), body: body.into(), log: None, held: None };
         if !media_type.is_empty() {
             response.header("Content-Type", media_type);
         }
@@ -53,6 +72,20 @@ impl Response {
 
     fn json(body: impl Into<Vec<u8>>) -> Response {
         Response::new(200, "application/json", "no-store", body)
+    }
+
+    /// Fills in a poll's result.
+    pub fn fill(&mut self, page: Page) {
+        self.body = page.json;
+        self.header("Shortbus-Last-Id", page.last_id);
+        if page.missed {
+            self.header("Shortbus-Missed", 1);
+        }
+    }
+
+    /// Whether it reports success.
+    pub fn is_ok(&self) -> bool {
+        self.status == 200
     }
 
     fn header(&mut self, name: &str, value: impl std::fmt::Display) {
@@ -85,7 +118,8 @@ impl Response {
         }
         out.extend_from_slice(format!("Status: {status} {reason}\r\n{}", self.headers).as_bytes());
         out.extend_from_slice(b"X-Content-Type-Options: nosniff\r\n");
-        if ![204, 304].contains(&self.status) {
+        let streams = self.held.as_ref().is_some_and(|held| held.stream);
+        if ![204, 304].contains(&self.status) && !streams {
             out.extend_from_slice(format!("Content-Length: {}\r\n", self.body.len()).as_bytes());
         }
         out.extend_from_slice(b"\r\n");
@@ -131,31 +165,51 @@ async fn route<S: Store>(
     }
     let query = vars("QUERY_STRING").unwrap_or_default();
     match &method[..] {
-        b"GET" | b"HEAD" => match (parameter(&query, "user")?, parameter(&query, "id")?) {
-            (None, None) => {
-                let mut store = open(config)?;
-                let id = bus::join(&mut store).await?;
-                let user = random_id();
-                let secret = match bus_key(&mut store, config, true).await? {
-                    Some(key) => {
-                        let (bus, secret) = (memcached::encode_name(&config.bus), signature::secret(&key, user));
-                        format!(",\"bus\":\"{bus}\",\"secret\":\"{secret}\"")
-                    }
-                    None => String::new(),
-                };
-                Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}{secret}}}")))
-            }
-            (_, None) => Err(Error::Parameter("id", "is missing")),
-            (user, Some(after)) => {
-                let page = bus::poll(&mut open(config)?, after, user).await?;
-                let mut response = Response::json(page.json);
-                response.header("Shortbus-Last-Id", page.last_id);
-                if page.missed {
-                    response.header("Shortbus-Missed", 1);
+        b"GET" | b"HEAD" => {
+            let stream = wants_stream(vars, config, &query)?;
+            let resume = vars("HTTP_LAST_EVENT_ID").filter(|_| stream).and_then(|id| whole_number(&id));
+            let after =
+                resume.filter(|&id| id <= limits::MAX_ID).map_or_else(|| parameter(&query, "id"), |id| Ok(Some(id)))?;
+            match (parameter(&query, "user")?, after) {
+                (None, None) if !stream => {
+                    let mut store = open(config)?;
+                    let id = bus::join(&mut store).await?;
+                    let user = random_id();
+                    let offer = match config.wait {
+                        0 => String::new(),
+                        seconds => format!(",\"wait\":{seconds},\"stream\":true"),
+                    };
+                    let secret = match bus_key(&mut store, config, true).await? {
+                        Some(key) => {
+                            let (bus, secret) = (memcached::encode_name(&config.bus), signature::secret(&key, user));
+                            format!(",\"bus\":\"{bus}\",\"secret\":\"{secret}\"")
+                        }
+                        None => String::new(),
+                    };
+                    Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}{offer}{secret}}}")))
                 }
-                Ok(response)
+                (_, None) => Err(Error::Parameter("id", "is missing")),
+                (user, Some(after)) => {
+                    let wait = parameter(&query, "wait")?.unwrap_or_default().min(config.wait.into()) as u32;
+                    let page = bus::poll(&mut open(config)?, after, user).await?;
+                    let hold = |stream, seconds, page| Held { config: config.clone(), user, page, stream, seconds };
+                    if stream && method != b"HEAD" {
+                        let mut response = Response::new(200, "text/event-stream", "no-store", "");
+                        // nginx holds back what is no page's length otherwise.
+                        response.header("X-Accel-Buffering", "no");
+                        response.held = Some(Box::new(hold(true, config.wait, page)));
+                        return Ok(response);
+                    }
+                    let mut response = Response::json("");
+                    if wait > 0 && page.is_empty() && method != b"HEAD" {
+                        response.held = Some(Box::new(hold(false, wait, page)));
+                    } else {
+                        response.fill(page);
+                    }
+                    Ok(response)
+                }
             }
-        },
+        }
         b"POST" => {
             check_origin(vars, config)?;
             let user = parameter(&query, "user")?.ok_or(Error::Parameter("user", "is missing"))?;
@@ -229,6 +283,13 @@ fn failure(bus: &[u8], error: &Error) -> Response {
 fn printable(char: char) -> impl Iterator<Item = char> {
     let plain = char.is_ascii_graphic() || char == ' ';
     plain.then_some(char).into_iter().chain((!plain).then(|| char.escape_debug()).into_iter().flatten())
+}
+
+/// Whether a poll asks for an event stream, by its type or, where no header can be set, by a parameter; and gets one.
+fn wants_stream(vars: Vars, config: &Config, query: &[u8]) -> Result<bool, Error> {
+    let accept = vars("HTTP_ACCEPT").unwrap_or_default().to_ascii_lowercase();
+    let named = accept.split(|&byte| byte == b',').any(|range| range.trim_ascii().starts_with(b"text/event-stream"));
+    Ok(config.wait > 0 && (named || parameter(query, "stream")? == Some(1)))
 }
 
 /// A query parameter by the WHATWG's rules (`application/x-www-form-urlencoded`), if it is there.

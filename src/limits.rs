@@ -126,3 +126,29 @@ pub const PEER_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a process that was told to end finishes what it is answering: no reply takes longer than
 /// [`STORE_DEADLINE`], and a web server that does not read it is not waited for.
 pub const GRACE: Duration = Duration::from_secs(4);
+
+/// Longest time a poll is held, seconds: most servers and proxies end a silent exchange after 60.
+pub const WAIT_MAX: u32 = 60;
+
+/// How often the watcher of a bus asks memcached while somebody waits: a message from another process is under way for
+/// half of it on average. Twice as often takes another percent of a core.
+pub const WATCH_INTERVAL: Duration = Duration::from_millis(8);
+
+/// How often a CGI process that waits asks memcached.
+pub const CGI_WATCH_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Pause of those who wait before asking a memcached again that failed them.
+pub const WATCH_RETRY: Duration = Duration::from_secs(1);
+
+/// Bytes of the newest messages that a watcher keeps for those who wait; the newest one is always read once for all.
+pub const SHARED_BYTES: usize = 1 << 20;
+
+/// Comments keep an event stream from being taken for dead: "every 15 seconds or so" (WHATWG HTML, section 9.2.7).
+pub const HEARTBEAT: Duration = Duration::from_secs(15);
+
+/// A browser whose event stream broke comes back after one to two times this, milliseconds.
+pub const RETRY_MILLIS: u32 = 1_000;
+
+/// How long the reader of an event stream may take for what was new at a time, before it is cut off. It comes back
+/// with its cursor, and nothing is kept for it meanwhile.
+pub const STREAM_STALL: Duration = Duration::from_secs(10);

@@ -9,10 +9,10 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::net::TcpStream as StdTcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket};
 use tokio::io::unix::AsyncFd;
@@ -22,14 +22,18 @@ use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::task::spawn_local;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 
+use crate::bus::Page;
 use crate::cgi::variable;
 use crate::config::Config;
 use crate::error::Error;
+use crate::event_stream;
 use crate::fastcgi::{self, Parameters, Parser, Request};
-use crate::http;
+use crate::http::{self, Held, Response};
+use crate::hub::{Hubs, Waiter};
 use crate::limits;
+use crate::memcached::home;
 use crate::pipeline::Pool;
 
 /// The socket to serve, if this process was started with one: fd 0, or systemd's first, fd 3 (sd_listen_fds(3)).
@@ -58,9 +62,12 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
     let connections =
         limits::CONNECTIONS.min(files().saturating_sub(limits::FILES_SPARE + limits::CONNECTIONS_REFUSED)).max(1);
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    let pool = Rc::<Pool>::default();
     let server = Server {
         argv0: argv0.to_vec(),
-        pool: Rc::default(),
+        hubs: Rc::new(Hubs::new(pool.clone())),
+        pool,
+        held: Cell::new(0),
         connections,
         open: Cell::new(0),
         answering: Cell::new(0),
@@ -95,6 +102,9 @@ struct Server {
     open: Cell<usize>,
     /// How many requests have begun to arrive and are not answered yet.
     answering: Cell<usize>,
+    /// How many of them are held.
+    held: Cell<usize>,
+    hubs: Rc<Hubs>,
     /// Told when either has gone down.
     fewer: Notify,
     /// No further request is taken.
@@ -120,6 +130,7 @@ impl Server {
         // Others may go on with the socket; those who wait in its queue are not ours.
         drop(listener);
         self.stopping.set(true);
+        self.hubs.wake();
         let _ = timeout(limits::GRACE, async {
             while self.answering.get() > 0 {
                 self.fewer.notified().await;
@@ -179,9 +190,17 @@ impl Server {
             }
             let mut closing = false;
             if let Some(request) = connection.parser.take_request() {
+                let id = request.id;
                 closing = !request.keep || crowded;
-                // In a box: what it needs is given back while the connection waits for the next one.
-                Box::pin(self.answer(request, crowded, &mut connection.out)).await;
+                // In boxes: what they need is given back while the connection waits for the next request.
+                let head = request.parameters.get("REQUEST_METHOD") == Some(b"HEAD");
+                let response = Box::pin(self.answer(request, crowded)).await;
+                if response.held.is_none() {
+                    let log = response.log.as_deref().unwrap_or_default();
+                    fastcgi::reply(&mut connection.out, id, &response.to_cgi(head, false), log.as_bytes());
+                } else if Box::pin(self.hold(id, response, &mut connection)).await.is_err() {
+                    return;
+                }
                 connection.parser.answered();
             }
             closing |= connection.parser.is_closing();
@@ -197,27 +216,133 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request, crowded: bool, out: &mut Vec<u8>) {
+    async fn answer(&self, request: Request, crowded: bool) -> Response {
         let parameters = &request.parameters;
+        if parameters.too_many || crowded {
+            return http::refuse(if crowded { &Error::Crowded } else { &Error::Parameters });
+        }
         let vars = |name: &str| parameters.get(name).map(<[u8]>::to_vec);
         let config = self.config(parameters);
-        let response = if parameters.too_many || crowded {
-            http::refuse(if crowded { &Error::Crowded } else { &Error::Parameters })
-        } else {
-            let limit = config.as_ref().map_or(0, |config| config.max_bytes);
-            let body = http::read_body(&vars, &request.body[..], limit);
-            let open = |config: &Config| Ok(self.pool.open(&config.memcached, &config.bus));
-            http::answer(&vars, config, body, open).await
+        let limit = config.as_ref().map_or(0, |config| config.max_bytes);
+        let body = http::read_body(&vars, &request.body[..], limit);
+        let publishes = parameters.get("REQUEST_METHOD") == Some(b"POST");
+        let place = config
+            .as_ref()
+            .ok()
+            .filter(|_| publishes)
+            .map(|config| (home(&config.memcached, &config.bus).to_owned(), config.bus.clone()));
+        let open = |config: &Config| Ok(self.pool.open(&config.memcached, &config.bus));
+        let response = http::answer(&vars, config, body, open).await;
+        if let Some((server, bus)) = place.filter(|_| response.is_ok()) {
+            self.hubs.published(&server, &bus);
+        }
+        response
+    }
+
+    /// Holds a poll until there is something new, or streams for as long as the client stays.
+    async fn hold(self: &Rc<Server>, id: u16, mut response: Response, connection: &mut Connection) -> io::Result<()> {
+        let _held = Counted::new(self.clone(), |server| &server.held);
+        let head = response.to_cgi(false, false);
+        let Some(held) = response.held.take() else {
+            return Ok(());
         };
-        let head = parameters.get("REQUEST_METHOD") == Some(b"HEAD");
-        let log = response.log.as_deref().unwrap_or_default();
-        fastcgi::reply(out, request.id, &response.to_cgi(head, false), log.as_bytes());
+        let server = home(&held.config.memcached, &held.config.bus);
+        let waiter = self.hubs.wait(server, &held.config.bus, held.page.last_id, held.user);
+        if held.stream {
+            return self.stream(id, head, held, waiter, connection).await;
+        }
+        drop(head);
+        let deadline = Instant::now() + Duration::from_secs(held.seconds.into());
+        drop(held);
+        self.wait(id, response, deadline, waiter, connection).await
+    }
+
+    async fn wait(
+        &self,
+        id: u16,
+        mut response: Response,
+        deadline: Instant,
+        mut waiter: Waiter,
+        connection: &mut Connection,
+    ) -> io::Result<()> {
+        let page = loop {
+            let look_again = match Box::pin(waiter.poll()).await {
+                Ok(Some(page)) if !page.is_empty() => break page,
+                Ok(_) => deadline,
+                Err(_) => deadline.min(Instant::now() + limits::WATCH_RETRY),
+            };
+            if self.stopping.get() || Instant::now() >= deadline {
+                break Page { json: b"[]".to_vec(), last_id: waiter.after(), missed: false };
+            }
+            connection.idle(&mut waiter, look_again).await?;
+            if connection.parser.is_aborted() {
+                fastcgi::end(&mut connection.out, id);
+                return Ok(());
+            }
+        };
+        response.fill(page);
+        fastcgi::reply(&mut connection.out, id, &response.to_cgi(false, false), b"");
+        Ok(())
+    }
+
+    async fn stream(
+        &self,
+        id: u16,
+        head: Vec<u8>,
+        held: Box<Held>,
+        mut waiter: Waiter,
+        connection: &mut Connection,
+    ) -> io::Result<()> {
+        let mut text = head;
+        event_stream::begin(&mut text);
+        event_stream::page(&mut text, &held.page, 0);
+        event_stream::cursor(&mut text, waiter.after());
+        drop(held);
+        let mut at = waiter.after();
+        let mut heartbeat = Instant::now() + limits::HEARTBEAT;
+        loop {
+            if !text.is_empty() {
+                fastcgi::output(&mut connection.out, id, &text);
+                text = Vec::new();
+                heartbeat = Instant::now() + limits::HEARTBEAT;
+                // One that does not read is cut off. What is new meanwhile waits in memcached.
+                within(limits::STREAM_STALL, connection.flush()).await?;
+            }
+            let look_again = match Box::pin(waiter.poll()).await {
+                Ok(Some(page)) => {
+                    at = event_stream::page(&mut text, &page, at);
+                    continue;
+                }
+                Ok(None) => heartbeat,
+                Err(_) => heartbeat.min(Instant::now() + limits::WATCH_RETRY),
+            };
+            if self.stopping.get() || connection.parser.is_aborted() {
+                fastcgi::end(&mut connection.out, id);
+                return Ok(());
+            }
+            connection.idle(&mut waiter, look_again).await?;
+            if Instant::now() >= heartbeat {
+                text.extend_from_slice(event_stream::HEARTBEAT);
+                if at < waiter.after() {
+                    at = waiter.after();
+                    event_stream::cursor(&mut text, at);
+                }
+            }
+        }
     }
 
     /// The settings of one request: of its parameters, else of the environment that this process was started with.
     fn config(&self, parameters: &Parameters) -> Result<Config, Error> {
         let vars = |name: &str| parameters.get(name).map(<[u8]>::to_vec).or_else(|| variable(name));
-        Config::read(&vars, &self.argv0)
+        let mut config = Config::read(&vars, &self.argv0)?;
+        // To wait costs next to nothing here. But who waits must leave room for those who do not.
+        let room = self.held.get() < self.connections - self.connections / 8;
+        config.wait = match config.wait {
+            _ if !room => 0,
+            0 => limits::WAIT_MAX,
+            seconds => seconds,
+        };
+        Ok(config)
     }
 }
 
@@ -265,6 +390,26 @@ impl Connection {
         }
         let fed = self.parser.feed(buffer.filled(), &mut self.out, body_limit);
         Poll::Ready(fed.map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed.0)))
+    }
+
+    /// Waits for something new, for a moment, for the web server to give up; or for a record that wants an answer.
+    async fn idle(&mut self, waiter: &mut Waiter, until: Instant) -> io::Result<()> {
+        let mut changed = pin!(waiter.changed());
+        let mut alarm = pin!(sleep_until(until.into()));
+        poll_fn(|context| {
+            while let Poll::Ready(read) = self.poll_read(context, &|_| 0) {
+                read?;
+                if self.parser.is_aborted() || !self.out.is_empty() {
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            if changed.as_mut().poll(context).is_ready() || alarm.as_mut().poll(context).is_ready() {
+                return Poll::Ready(io::Result::Ok(()));
+            }
+            Poll::Pending
+        })
+        .await?;
+        within(limits::STREAM_STALL, self.flush()).await
     }
 
     /// Writes all, as long as the other side keeps taking it.
