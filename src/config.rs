@@ -36,7 +36,7 @@ pub struct Config {
 }
 
 /// Who may publish.
-#[derive(PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Auth {
     /// Anyone, as any user.
     Open,

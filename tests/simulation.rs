@@ -7,7 +7,7 @@
 //!
 //! `SHORTBUS_SEED=<n> cargo test --test simulation <test> -- --nocapture` runs one schedule and prints its trace.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::ops::Range;
@@ -21,6 +21,7 @@ use shortbus::bus::{self, Once, Page};
 use shortbus::error::Error;
 use shortbus::limits;
 use shortbus::store::{Counter, Op, Reply, Store, StoreError};
+use shortbus::watch::{View, Window, look};
 
 const SECOND: u64 = 1_000_000;
 /// Unix time of the model's microsecond 0.
@@ -829,6 +830,64 @@ async fn poller(mut client: Client, mut poller: Poller, joins: bool) {
     }
 }
 
+/// What one process's watcher found.
+#[derive(Default)]
+struct Watched {
+    window: RefCell<Window>,
+    /// When the look began that the window is from.
+    begun: Cell<u64>,
+    /// It will not look again.
+    done: Cell<bool>,
+}
+
+async fn watcher(mut client: Client, watched: Rc<Watched>) {
+    let world = client.world.clone();
+    while !watched.done.get() {
+        let (begun, all_published) = (world.borrow().now, world.borrow().publishing == 0);
+        if let Ok(news) = look(&mut client, &watched.window).await {
+            watched.window.borrow_mut().take(news);
+            watched.begun.set(begun);
+            watched.done.set(all_published);
+        }
+        client.idle(SECOND / 10).await;
+    }
+}
+
+/// A client that waits, as the persistent mode has it: asks memcached itself at first and whenever the counter did not
+/// simply go on, else takes what the watcher found.
+async fn waiter(mut client: Client, mut poller: Poller, watched: Rc<Watched>) {
+    let (world, me) = (client.world.clone(), client.actor);
+    while poller.joined == 0 {
+        client.idle(2 * SECOND).await;
+        if let Ok(id) = bus::join(&mut client).await {
+            (poller.joined, poller.cursor) = (world.borrow().now, id);
+        }
+    }
+    let mut asked = None;
+    loop {
+        world.borrow_mut().lives[me].cost = [0; 3];
+        let (done, last, turns) = (watched.done.get(), watched.window.borrow().last(), watched.window.borrow().turns());
+        let mut begun = world.borrow().now;
+        let page = if asked.replace(turns) != Some(turns) {
+            bus::poll(&mut client, poller.cursor, poller.except).await
+        } else if last > Some(poller.cursor) {
+            begun = watched.begun.get();
+            world.borrow_mut().count("poll of a window");
+            let store = Client { world: world.clone(), actor: me, protocol: client.protocol };
+            bus::poll(&mut View { window: &watched.window, store }, poller.cursor, poller.except).await
+        } else if done {
+            break;
+        } else {
+            client.idle(SECOND / 10).await;
+            continue;
+        };
+        match page {
+            Ok(page) => poller.check(&mut world.borrow_mut(), me, &page, begun),
+            Err(_) => asked = None,
+        }
+    }
+}
+
 /// Id and data of a page's messages.
 fn messages(page: &Page) -> Vec<(u64, u64)> {
     let json: serde_json::Value = serde_json::from_slice(&page.json).expect("JSON");
@@ -988,6 +1047,14 @@ impl Simulation {
             let (listener, joins) = (Poller { except, old: random(2) == 0, ..Poller::default() }, random(6) > 0);
             self.spawn(false, |client| poller(client, listener, joins));
         }
+        let watched = Rc::<Watched>::default();
+        for n in 0..random(4) {
+            if n == 0 {
+                self.spawn(false, |client| watcher(client, watched.clone()));
+            }
+            let except = (random(2) == 0).then(|| 1 + random(publishers));
+            self.spawn(false, |client| waiter(client, Poller { except, ..Poller::default() }, watched.clone()));
+        }
     }
 
     fn run(&mut self) {
@@ -1082,7 +1149,8 @@ fn an_acknowledged_message_reaches_everyone_exactly_once_in_one_order() {
     let test = "an_acknowledged_message_reaches_everyone_exactly_once_in_one_order";
     let crashes = ["crash, cut off", "crash, runs on", "timeout, cut off", "timeout, runs on"];
     let time = ["pause", "pause beyond 2 s", "expiry", "stale re-read", "missed"];
-    let paths = ["taken", "torn read", "helped advance", "gallop", "owed", "send in two round trips"];
+    let paths =
+        ["taken", "torn read", "helped advance", "gallop", "owed", "send in two round trips", "poll of a window"];
     let firsts = ["first at work", "too long ago", "claimed again", "first send in two round trips"];
     let repeats = ["answer to a repeat", "published by a repeat", "differs"];
     simulate_all(test, SEED..SEED + CLEAN, true, &[&crashes[..], &time, &paths, &firsts, &repeats].concat());
