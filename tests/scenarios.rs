@@ -1,4 +1,4 @@
-//! What a bus does, the same on four fronts: the bare executable, Apache with mod_cgid, Apache with mod_cgi, nginx
+//! What a bus does, the same on every front: the bare executable, Apache with mod_cgid, Apache with mod_cgi, nginx
 //! with fcgiwrap; each with a memcached of its own.
 
 #[macro_use]
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::{Front, LEASE_OVER, Memcached, RECORD, Reply, Site, encode};
 use serde_json::{Value, json};
 
-on_four_fronts! {
+on_every_front! {
     three_users_who_each_send_two_messages_hear_the_other_two
     a_value_comes_back_byte_for_byte
     a_client_that_knows_only_the_array_gets_every_message

@@ -15,7 +15,7 @@ use serde_json::json;
 use shortbus::error::Signature;
 use shortbus::signature::{Signed, secret};
 
-on_four_fronts! {
+on_every_front! {
     a_join_gives_a_secret_by_which_its_user_publishes_to_all
     many_first_joins_at_the_same_moment_get_secrets_of_one_key
     each_way_to_fail_has_its_code_and_stores_nothing

@@ -873,7 +873,7 @@ async fn waiter(mut client: Client, mut poller: Poller, watched: Rc<Watched>) {
         } else if last > Some(poller.cursor) {
             begun = watched.begun.get();
             world.borrow_mut().count("poll of a window");
-            let store = Client { world: world.clone(), actor: me, protocol: client.protocol };
+            let store = Client { world: world.clone(), actor: me, protocol: client.protocol, token: String::new() };
             bus::poll(&mut View { window: &watched.window, store }, poller.cursor, poller.except).await
         } else if done {
             break;

@@ -5,6 +5,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod persistent;
+
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{Read, Write};
@@ -25,14 +27,17 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use shortbus::limits;
 
+use persistent::Workers;
+
 /// A test of each scenario on each front.
 #[allow(unused_macros, reason = "each test program uses its part")]
-macro_rules! on_four_fronts {
+macro_rules! on_every_front {
     ($($scenario:ident)*) => {
-        on_four_fronts!(@ bare Bare; $($scenario)*);
-        on_four_fronts!(@ apache_cgid ApacheCgid; $($scenario)*);
-        on_four_fronts!(@ apache_cgi ApacheCgi; $($scenario)*);
-        on_four_fronts!(@ nginx_fcgiwrap NginxFcgiwrap; $($scenario)*);
+        on_every_front!(@ bare Bare; $($scenario)*);
+        on_every_front!(@ apache_cgid ApacheCgid; $($scenario)*);
+        on_every_front!(@ apache_cgi ApacheCgi; $($scenario)*);
+        on_every_front!(@ nginx_fcgiwrap NginxFcgiwrap; $($scenario)*);
+        on_every_front!(@ nginx_fastcgi NginxFastcgi; $($scenario)*);
     };
     (@ $module:ident $front:ident; $($scenario:ident)*) => {
         mod $module {
@@ -269,7 +274,7 @@ fn connect(address: &str) -> Option<Box<dyn Stream>> {
     })
 }
 
-/// The four ways to a bus.
+/// The ways to a bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Front {
     /// The executable alone: environment and stdin.
@@ -277,6 +282,8 @@ pub enum Front {
     ApacheCgid,
     ApacheCgi,
     NginxFcgiwrap,
+    /// The executable as a FastCGI server, persistent.
+    NginxFastcgi,
 }
 
 /// Settings of a bus, by its name.
@@ -290,6 +297,7 @@ pub struct Site {
     daemons: Vec<Daemon>,
     address: String,
     settings: Vec<(String, Vec<(String, String)>)>,
+    pub workers: Mutex<Workers>,
     /// Codes of the errors that clients were told.
     told: Mutex<Vec<String>>,
     /// What a server may say besides.
@@ -386,6 +394,7 @@ impl Site {
             daemons: Vec::new(),
             address: String::new(),
             settings: Vec::new(),
+            workers: Mutex::default(),
             told: Mutex::default(),
             kills: AtomicBool::new(false),
             // nginx, of large bodies and replies; Apache, that it started.
@@ -412,6 +421,7 @@ impl Site {
             Front::ApacheCgid => self.start_apache("event", "cgid"),
             Front::ApacheCgi => self.start_apache("prefork", "cgi"),
             Front::NginxFcgiwrap => self.start_nginx(),
+            Front::NginxFastcgi => self.start_nginx_fastcgi(),
         }
     }
 
@@ -486,6 +496,16 @@ impl Site {
         for (bus, list) in &self.settings {
             locations.push_str(&location(&format!("~ ^/cgi-bin/{bus}(/|$)"), list));
         }
+        let log = || fs::OpenOptions::new().create(true).append(true).open(self.folder.join("start.log")).unwrap();
+        let mut fcgiwrap = Command::new("fcgiwrap");
+        fcgiwrap.args(["-c", "8", "-s", &format!("unix:{root}/fcgiwrap.sock")]).stderr(log());
+        self.daemons.push(Daemon::start(&mut fcgiwrap, "fcgiwrap"));
+        wait_for("fcgiwrap", || self.folder.join("fcgiwrap.sock").exists());
+        self.run_nginx("", &locations);
+    }
+
+    fn run_nginx(&mut self, upstreams: &str, locations: &str) {
+        let root = self.folder.0.display().to_string();
         let user = if is_root() { "user root;\n" } else { "" };
         let temp: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
             .map(|name| format!("{name}_temp_path {root}/{name};\n"))
@@ -494,18 +514,14 @@ impl Site {
             self.folder.join("nginx.conf"),
             format!(
                 "{user}daemon off;\npid {root}/pid;\nerror_log {root}/error.log warn;\nworker_processes 1;\n\
-                 events {{ worker_connections 512; }}\nhttp {{ access_log off; {temp} client_max_body_size 0;\n\
+                 events {{ worker_connections 512; }}\nhttp {{ access_log off; {temp} client_max_body_size 0; {upstreams}\n\
                  server {{ listen unix:{root}/nginx.sock; {locations} }} }}\n"
             ),
         )
         .unwrap();
-        let log = || fs::OpenOptions::new().create(true).append(true).open(self.folder.join("start.log")).unwrap();
-        let mut fcgiwrap = Command::new("fcgiwrap");
-        fcgiwrap.args(["-c", "8", "-s", &format!("unix:{root}/fcgiwrap.sock")]).stderr(log());
-        self.daemons.push(Daemon::start(&mut fcgiwrap, "fcgiwrap"));
-        wait_for("fcgiwrap", || self.folder.join("fcgiwrap.sock").exists());
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.folder.join("start.log")).unwrap();
         let mut nginx = Command::new("/usr/sbin/nginx");
-        nginx.args(["-e", &format!("{root}/error.log"), "-c", &format!("{root}/nginx.conf")]).stderr(log());
+        nginx.args(["-e", &format!("{root}/error.log"), "-c", &format!("{root}/nginx.conf")]).stderr(log);
         let mut daemon = Daemon::start(&mut nginx, "nginx-light");
         self.address = format!("{root}/nginx.sock");
         wait_for("nginx", || {
@@ -608,7 +624,12 @@ impl Site {
     pub fn raw(&self, method: &str, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Reply {
         let reply = match self.front {
             Front::Bare => self.run(method, target, headers, body),
-            _ => self.send(method, target, headers, body).expect("a reply"),
+            _ => {
+                if self.front == Front::NginxFastcgi {
+                    self.ensure_worker(target);
+                }
+                self.send(method, target, headers, body).expect("a reply")
+            }
         };
         let (_, code) = reply.outcome();
         if !code.is_empty() {
