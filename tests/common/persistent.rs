@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::{Daemon, Folder, Site, decode};
+use super::{Daemon, Folder, Memcached, PATIENCE, Reply, Site, decode, executable};
 
 /// A FastCGI process and its socket.
 pub struct Worker {
@@ -83,5 +84,198 @@ impl Site {
             .replace("pass chat;", &format!("pass unix:{root}/$any.s;"));
         locations.push_str(&format!("{any}{}}}\n", params(&[])));
         self.run_nginx(&upstreams, &locations);
+    }
+}
+
+/// A FastCGI process called `chat`, and its memcached, without a web server.
+pub struct Bus {
+    pub memcached: Memcached,
+    pub worker: Worker,
+    pub folder: Folder,
+}
+
+impl Bus {
+    pub fn start() -> Bus {
+        Bus::with(&[])
+    }
+
+    /// With these variables in its environment.
+    pub fn with(variables: &[(&str, &str)]) -> Bus {
+        let (folder, memcached) = (Folder::new(), Memcached::start(&[]));
+        let program = copy(&folder);
+        let all = [&[("SHORTBUS_MEMCACHED", &memcached.address[..])], variables].concat();
+        let worker = Worker::start(&program, folder.join("chat.s"), &folder, &all);
+        Bus { memcached, worker, folder }
+    }
+
+    /// Another process of the same bus.
+    pub fn another(&self) -> Worker {
+        let variables = [("SHORTBUS_MEMCACHED", &self.memcached.address[..])];
+        Worker::start(&self.folder.join("chat"), self.folder.join("another.s"), &self.folder, &variables)
+    }
+
+    pub fn connect(&self) -> Client {
+        Client::connect(&self.worker.socket)
+    }
+
+    /// On a connection of its own.
+    pub fn ask(&self, method: &str, query: &str, body: &str) -> Answer {
+        self.connect().ask(method, query, &[], body.as_bytes()).answer()
+    }
+
+    /// The newest id.
+    pub fn join(&self) -> u64 {
+        self.ask("GET", "", "").reply.json()["id"].as_u64().unwrap()
+    }
+
+    pub fn publish(&self, user: u64, body: &str) -> u64 {
+        self.ask("POST", &format!("user={user}"), body).reply.json()["id"].as_u64().unwrap()
+    }
+
+    /// How often memcached was asked for a key.
+    pub fn gets(&self) -> u64 {
+        let stats = self.memcached.ask("stats\r\n");
+        stats.lines().find_map(|line| line.strip_prefix("STAT cmd_get ")).unwrap().trim().parse().unwrap()
+    }
+
+    /// The process's resident memory, KB.
+    pub fn memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.worker.daemon.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+}
+
+/// The executable under the name `chat`.
+pub fn copy(folder: &Folder) -> PathBuf {
+    let program = folder.join("chat");
+    assert!(Command::new("cp").arg(executable()).arg(&program).status().unwrap().success());
+    program
+}
+
+/// A web server's connection.
+pub struct Client {
+    pub stream: UnixStream,
+    received: Vec<u8>,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+/// What came of a request.
+#[derive(Debug)]
+pub struct Answer {
+    pub reply: Reply,
+    pub log: String,
+}
+
+pub const BEGIN: [u8; 8] = [0, 1, 1, 0, 0, 0, 0, 0];
+
+pub fn record(kind: u8, id: u16, content: &[u8]) -> Vec<u8> {
+    let [id_high, id_low] = id.to_be_bytes();
+    let [high, low] = (content.len() as u16).to_be_bytes();
+    [&[1, kind, id_high, id_low, high, low, 0, 0], content].concat()
+}
+
+pub fn parameters(pairs: &[(&str, &str)]) -> Vec<u8> {
+    let length = |text: &str| (text.len() as u32 | 1 << 31).to_be_bytes();
+    pairs
+        .iter()
+        .flat_map(|(name, value)| [&length(name)[..], &length(value), name.as_bytes(), value.as_bytes()].concat())
+        .collect()
+}
+
+/// A whole request, which keeps the connection.
+pub fn request(method: &str, query: &str, extra: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+    let length = body.len().to_string();
+    let pairs = [("REQUEST_METHOD", method), ("QUERY_STRING", query), ("CONTENT_LENGTH", &length)];
+    let parameters = parameters(&[&pairs, extra].concat());
+    let mut bytes = record(1, 1, &BEGIN);
+    parameters.chunks(65_535).for_each(|part| bytes.extend(record(4, 1, part)));
+    bytes.extend(record(4, 1, b""));
+    body.chunks(65_535).for_each(|part| bytes.extend(record(5, 1, part)));
+    bytes.extend(record(5, 1, b""));
+    bytes
+}
+
+impl Client {
+    pub fn connect(socket: &Path) -> Client {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Client { stream, received: vec![], stdout: vec![], stderr: vec![] }
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Client {
+        self.stream.write_all(bytes.as_ref()).unwrap();
+        self
+    }
+
+    pub fn ask(&mut self, method: &str, query: &str, extra: &[(&str, &str)], body: &[u8]) -> &mut Client {
+        self.send(request(method, query, extra, body))
+    }
+
+    /// The next record: type, id, content; none where the connection is closed.
+    pub fn record(&mut self) -> Option<(u8, u16, Vec<u8>)> {
+        loop {
+            if let [1, kind, id_high, id_low, high, low, padding, _, ..] = self.received[..] {
+                let length = usize::from(u16::from_be_bytes([high, low]));
+                let end = 8 + length + usize::from(padding);
+                if self.received.len() >= end {
+                    let content = self.received[8..8 + length].to_vec();
+                    self.received.drain(..end);
+                    return Some((kind, u16::from_be_bytes([id_high, id_low]), content));
+                }
+            }
+            let mut buffer = [0; 65_536];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return None,
+                Ok(length) => self.received.extend_from_slice(&buffer[..length]),
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+                Err(error) => panic!("{error}, after {:?}", String::from_utf8_lossy(&self.stdout)),
+            }
+        }
+    }
+
+    /// Reads to the end of the request.
+    #[track_caller]
+    pub fn answer(&mut self) -> Answer {
+        let stdout = self.end();
+        let reply = Reply::parse(stdout.as_bytes()).unwrap_or_else(|| panic!("no reply: {stdout:?}"));
+        Answer { reply, log: String::from_utf8(std::mem::take(&mut self.stderr)).unwrap() }
+    }
+
+    /// Reads a stream until this text has come, and returns all up to it.
+    #[track_caller]
+    pub fn until(&mut self, text: &str) -> String {
+        loop {
+            let so_far = String::from_utf8_lossy(&self.stdout).into_owned();
+            if let Some(at) = so_far.find(text) {
+                self.stdout.drain(..at + text.len());
+                return so_far[..at + text.len()].into();
+            }
+            let (kind, _, content) = self.record().unwrap_or_else(|| panic!("closed after {so_far:?}"));
+            assert_eq!(kind, 6, "after {so_far:?}");
+            self.stdout.extend(content);
+        }
+    }
+
+    /// Reads a reply or stream to its clean end: what was left of it.
+    #[track_caller]
+    pub fn end(&mut self) -> String {
+        loop {
+            let (kind, id, content) = self.record().expect("the end of the request");
+            assert_eq!(id, 1);
+            match kind {
+                6 => self.stdout.extend(content),
+                7 => self.stderr.extend(content),
+                3 => break assert_eq!(content, [0; 8]),
+                other => panic!("a record of type {other}"),
+            }
+        }
+        String::from_utf8(std::mem::take(&mut self.stdout)).unwrap()
+    }
+
+    /// Whether the other side has closed, or does soon.
+    pub fn is_closed(&mut self) -> bool {
+        self.record().is_none()
     }
 }
