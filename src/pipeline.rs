@@ -5,8 +5,8 @@
 //! order, and a batch stays in one piece.
 //!
 //! A request waits for no longer than in CGI, [`crate::limits::STORE_DEADLINE`]. When one has waited in vain, the
-//! connection takes no further batch: replies that are late still reach those who wait for them, and whoever comes
-//! next gets a new connection. One attempt to connect is made at a time, and shared by all who need it.
+//! connection takes no further request: those that it has may go on until their time is over, and whoever comes next
+//! gets a new connection. One attempt to connect is made at a time, and shared by all who need it.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -120,8 +120,12 @@ struct State {
     /// When to look next for those who have waited too long: not after any of them has.
     alarm: Option<Instant>,
     reset_alarm: bool,
-    /// It takes no further batch.
+    /// Requests whose connection it is.
+    users: usize,
+    /// It takes no further request, and closes after the last one.
     retired: bool,
+    /// It is closed.
+    closed: bool,
     driver: Option<Waker>,
 }
 
@@ -143,7 +147,7 @@ impl Pipeline {
         !self.state.borrow().retired
     }
 
-    /// Takes no further batch, and closes when the last one is answered or given up.
+    /// Takes no further request, and closes when those that it has are through.
     fn retire(&self) {
         let mut state = self.state.borrow_mut();
         state.retired = true;
@@ -151,7 +155,7 @@ impl Pipeline {
     }
 
     fn retire_idle(&self) -> bool {
-        let idle = self.state.borrow().waiting.is_empty();
+        let idle = self.state.borrow().users == 0;
         if idle {
             self.retire();
         }
@@ -166,8 +170,8 @@ impl Pipeline {
         server: &str,
     ) -> Result<oneshot::Receiver<Result<Vec<Parts>>>> {
         let state = &mut *self.state.borrow_mut();
-        if state.retired {
-            // What was read on it may be another memcached's by now, tokens and all.
+        if state.closed {
+            // On another, tokens that were read on this one say nothing: memcached may have restarted.
             return Err(at(server, Error::Io(io::ErrorKind::ConnectionReset.into())));
         }
         for op in batch {
@@ -195,7 +199,7 @@ impl Pipeline {
                 state.give_up(&server);
                 state.alarm.iter().for_each(|next| alarm.as_mut().reset((*next).into()));
             }
-            if state.retired && state.waiting.iter().all(|waiting| waiting.sender.is_none()) {
+            if state.retired && state.users == 0 {
                 return Poll::Ready(unexpected(&server));
             }
             state.driver = Some(context.waker().clone());
@@ -203,7 +207,7 @@ impl Pipeline {
         })
         .await;
         let mut state = self.state.borrow_mut();
-        state.retired = true;
+        (state.retired, state.closed) = (true, true);
         for sender in state.waiting.drain(..).filter_map(|waiting| waiting.sender) {
             let _ = sender.send(Err(error.clone()));
         }
@@ -332,7 +336,7 @@ pub struct Pipelined {
     server: String,
     prefix: String,
     started: Instant,
-    /// The connection of this request, from its first batch on: tokens that were read on it say nothing on another.
+    /// The connection of this request, from its first batch on.
     pipeline: Option<Rc<Pipeline>>,
 }
 
@@ -340,7 +344,11 @@ impl Pipelined {
     async fn exchange(&mut self, batch: &[Op<'_>]) -> Result<Vec<Parts>> {
         let pipeline = match &self.pipeline {
             Some(pipeline) => pipeline,
-            None => self.pipeline.insert(self.pool.pipeline(&self.server).await?),
+            None => {
+                let pipeline = self.pool.pipeline(&self.server).await?;
+                pipeline.state.borrow_mut().users += 1;
+                self.pipeline.insert(pipeline)
+            }
         };
         let deadline = self.started + limits::STORE_DEADLINE;
         if deadline <= Instant::now() {
@@ -349,11 +357,17 @@ impl Pipelined {
         let receiver = pipeline.send(&self.prefix, batch, deadline, &self.server)?;
         receiver.await.unwrap_or_else(|_| Err(unexpected(&self.server)))
     }
+}
 
-    /// Starts the clock anew, for one that asks now and then.
-    pub fn renew(&mut self) {
-        self.started = Instant::now();
-        self.pipeline = None;
+impl Drop for Pipelined {
+    fn drop(&mut self) {
+        if let Some(pipeline) = &self.pipeline {
+            let mut state = pipeline.state.borrow_mut();
+            state.users -= 1;
+            if state.retired {
+                state.wake();
+            }
+        }
     }
 }
 

