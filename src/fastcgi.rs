@@ -544,4 +544,42 @@ mod tests {
         assert_eq!(out[32 + CONTENT_MAX..][..8], [1, STDOUT, 1, 2, 0, 8, 0, 0]);
         assert_eq!(out.len(), 24 + 8 + CONTENT_MAX + 8 + 8 + 8 + 16);
     }
+
+    #[test]
+    fn whatever_arrives_is_refused_or_passed_over_and_never_kept_beyond_the_bounds() {
+        // splitmix64, so that each run is the same.
+        let mut seed = 1_u64;
+        let mut random = |bound: usize| {
+            seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let z = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            (z ^ (z >> 29)) as usize % bound
+        };
+        let (mut requests, mut refused) = (0, 0);
+        for _ in 0..20_000 {
+            // Records that make sense one by one, in any order; then a few bytes are turned.
+            let mut bytes = request(1, &pair(b"A", b"1"), b"[1]");
+            for _ in 0..random(8) {
+                let content: Vec<u8> = (0..[0, 0, 8, 20][random(4)]).map(|_| random(256) as u8).collect();
+                bytes.extend(sent(random(13) as u8, random(3) as u16, &content, random(9) as u8));
+            }
+            for _ in 0..random(4) {
+                let at = random(bytes.len());
+                bytes[at] = random(256) as u8;
+            }
+            let (mut parser, mut out) = (Parser::default(), Vec::new());
+            for piece in bytes.chunks(1 + random(bytes.len())) {
+                if parser.feed(piece, &mut out, &|_| 2).is_err() {
+                    refused += 1;
+                    break;
+                }
+                if let Some(request) = parser.take_request() {
+                    requests += 1;
+                    assert!(request.body.len() <= 3 && request.parameters.pairs.len() <= bytes.len());
+                    parser.answered();
+                }
+                assert!(parser.whole.len() <= limits::MANAGEMENT_BYTES && out.len() <= 2 * bytes.len() + 64);
+            }
+        }
+        assert!(requests > 10_000 && refused > 1_000, "{requests} requests, {refused} refused");
+    }
 }

@@ -1,14 +1,18 @@
 //! shortbus: a broadcasting message bus for browser pages, in one CGI executable.
 //!
-//! A web server starts the executable for each request. Follow one through the house:
-//! - `main` chooses: a request, or a person at a terminal ([`cli`]);
+//! A web server starts the executable for each request, or once, as a FastCGI server that stays. Follow a request
+//! through the house:
+//! - `main` chooses: a request, a socket to serve, or a person at a terminal ([`cli`]);
 //! - [`cgi`] takes the request from the environment and stdin, and writes the response to stdout, at once;
+//! - [`server`] takes many from a socket, on tokio, as [`fastcgi`] reads and writes them;
 //! - [`config`] reads the settings, [`http`] checks the request and routes it;
 //! - [`files`] are the browser client and the page;
 //! - [`message`] checks what is published, [`signature`] by whom;
 //! - [`bus`] is the delivery protocol, the heart of it: join, publish, poll, over the operations of [`store`];
-//! - [`memcached`] carries them out, each batch in one write;
-//! - [`hash`] shortens long names for it, and tags the files;
+//! - [`memcached`] carries them out, each batch in one write; [`pipeline`] for many requests on one connection;
+//! - [`hub`] holds those who wait for messages, [`watch`] finds what is new for all of them at once, and
+//!   [`event_stream`] puts it into the words that browsers expect;
+//! - [`hash`] shortens long names for memcached, and tags the files;
 //! - [`error`] turns whatever fails into a status, a code and a sentence; [`limits`] holds every bound.
 
 #![warn(missing_docs)]

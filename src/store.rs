@@ -1,6 +1,7 @@
 //! What the delivery protocol asks of memcached, and nothing more.
 //!
-//! Two drivers: [`crate::memcached`], and the model under a seeded scheduler in `tests/simulation.rs`.
+//! Its drivers: [`crate::memcached`], [`crate::pipeline`], and the model under a seeded scheduler in
+//! `tests/simulation.rs`; and [`crate::watch::View`], which answers from memory what it can.
 
 use std::time::Duration;
 
