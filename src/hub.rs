@@ -99,7 +99,7 @@ impl Hubs {
 }
 
 /// A bus's place, whatever the bytes of its name.
-fn key(server: &str, bus: &[u8]) -> Vec<u8> {
+pub fn key(server: &str, bus: &[u8]) -> Vec<u8> {
     [server.as_bytes(), b" ", bus].concat()
 }
 

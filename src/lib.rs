@@ -12,6 +12,7 @@
 //! - [`memcached`] carries them out, each batch in one write; [`pipeline`] for many requests on one connection;
 //! - [`hub`] holds those who wait for messages, [`watch`] finds what is new for all of them at once, and
 //!   [`event_stream`] puts it into the words that browsers expect;
+//! - [`turns`] lines up those who publish at the same time;
 //! - [`hash`] shortens long names for memcached, and tags the files;
 //! - [`error`] turns whatever fails into a status, a code and a sentence; [`limits`] holds every bound.
 
@@ -35,4 +36,5 @@ pub mod pipeline;
 pub mod server;
 pub mod signature;
 pub mod store;
+pub mod turns;
 pub mod watch;

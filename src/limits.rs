@@ -152,3 +152,7 @@ pub const RETRY_MILLIS: u32 = 1_000;
 /// How long the reader of an event stream may take for what was new at a time, before it is cut off. It comes back
 /// with its cursor, and nothing is kept for it meanwhile.
 pub const STREAM_STALL: Duration = Duration::from_secs(10);
+
+/// How long a publisher waits for its turn among those of its process. With [`STORE_DEADLINE`] it keeps the promise of
+/// an answer within two seconds.
+pub const TURN: Duration = Duration::from_millis(250);

@@ -31,10 +31,11 @@ use crate::error::Error;
 use crate::event_stream;
 use crate::fastcgi::{self, Parameters, Parser, Request};
 use crate::http::{self, Held, Response};
-use crate::hub::{Hubs, Waiter};
+use crate::hub::{self, Hubs, Waiter};
 use crate::limits;
 use crate::memcached::home;
 use crate::pipeline::Pool;
+use crate::turns::Turns;
 
 /// The socket to serve, if this process was started with one: fd 0, or systemd's first, fd 3 (sd_listen_fds(3)).
 ///
@@ -66,6 +67,7 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
     let server = Server {
         argv0: argv0.to_vec(),
         hubs: Rc::new(Hubs::new(pool.clone())),
+        turns: Rc::default(),
         pool,
         held: Cell::new(0),
         connections,
@@ -105,6 +107,7 @@ struct Server {
     /// How many of them are held.
     held: Cell<usize>,
     hubs: Rc<Hubs>,
+    turns: Rc<Turns>,
     /// Told when either has gone down.
     fewer: Notify,
     /// No further request is taken.
@@ -231,6 +234,10 @@ impl Server {
             .ok()
             .filter(|_| publishes)
             .map(|config| (home(&config.memcached, &config.bus).to_owned(), config.bus.clone()));
+        let _turn = match &place {
+            Some((server, bus)) => Some(self.turns.take(hub::key(server, bus)).await),
+            None => None,
+        };
         let open = |config: &Config| Ok(self.pool.open(&config.memcached, &config.bus));
         let response = http::answer(&vars, config, body, open).await;
         if let Some((server, bus)) = place.filter(|_| response.is_ok()) {
