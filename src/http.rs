@@ -190,12 +190,15 @@ async fn route<S: Store>(
                 }
                 (_, None) => Err(Error::Parameter("id", "is missing")),
                 (user, Some(after)) => {
-                    let wait = parameter(&query, "wait")?.unwrap_or_default().min(config.wait.into()) as u32;
+                    let wait = match config.wait {
+                        0 => 0,
+                        longest => parameter(&query, "wait")?.unwrap_or_default().min(longest.into()) as u32,
+                    };
                     let page = bus::poll(&mut open(config)?, after, user).await?;
                     let hold = |stream, seconds, page| Held { config: config.clone(), user, page, stream, seconds };
                     if stream && method != b"HEAD" {
                         let mut response = Response::new(200, "text/event-stream", "no-store", "");
-                        // nginx holds back what is no page's length otherwise.
+                        // Else nginx holds events back until they fill a buffer.
                         response.header("X-Accel-Buffering", "no");
                         response.held = Some(Box::new(hold(true, config.wait, page)));
                         return Ok(response);
@@ -287,9 +290,12 @@ fn printable(char: char) -> impl Iterator<Item = char> {
 
 /// Whether a poll asks for an event stream, by its type or, where no header can be set, by a parameter; and gets one.
 fn wants_stream(vars: Vars, config: &Config, query: &[u8]) -> Result<bool, Error> {
+    if config.wait == 0 {
+        return Ok(false);
+    }
     let accept = vars("HTTP_ACCEPT").unwrap_or_default().to_ascii_lowercase();
     let named = accept.split(|&byte| byte == b',').any(|range| range.trim_ascii().starts_with(b"text/event-stream"));
-    Ok(config.wait > 0 && (named || parameter(query, "stream")? == Some(1)))
+    Ok(named || parameter(query, "stream")? == Some(1))
 }
 
 /// A query parameter by the WHATWG's rules (`application/x-www-form-urlencoded`), if it is there.
