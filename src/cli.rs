@@ -23,7 +23,8 @@ By hand:
   --help       show this
 
 Settings are environment variables, set by the web server: SHORTBUS_TTL, SHORTBUS_MAX_BYTES, SHORTBUS_MEMCACHED,
-SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN, SHORTBUS_AUTH, SHORTBUS_KEY. A bus needs none, but memcached 1.6.10 or later on
+SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN, SHORTBUS_WAIT, SHORTBUS_AUTH,
+SHORTBUS_KEY. A bus needs none, but memcached 1.6.10 or later on
 127.0.0.1:11211.
 ";
 
@@ -47,6 +48,7 @@ fn check(argv0: &[u8]) -> (i32, String) {
     };
     let source = |name: &str, default| if variable(name).is_some() { "environment" } else { default };
     let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
+    let wait = if config.wait == 0 { "none".into() } else { config.wait.to_string() };
     let auth = if config.auth == Auth::Open { "open" } else { "signed" };
     // Never the key itself: what is shown here is pasted into reports.
     let key = match (&config.auth, variable("SHORTBUS_KEY").map(|key| key.len())) {
@@ -62,6 +64,7 @@ fn check(argv0: &[u8]) -> (i32, String) {
         ("SHORTBUS_MAX_BYTES", config.max_bytes.to_string(), "default"),
         ("SHORTBUS_MEMCACHED", config.memcached.join(" "), "default"),
         ("SHORTBUS_ALLOW_ORIGIN", origins, "default"),
+        ("SHORTBUS_WAIT", wait, "default"),
         ("SHORTBUS_AUTH", auth.into(), "default"),
         ("SHORTBUS_KEY", key, "default"),
     ] {

@@ -83,7 +83,7 @@ fn readme_help_and_examples_name_the_same_settings() {
         words.filter(|word| word.starts_with("SHORTBUS_") && !word.contains("KEEP")).map(String::from).collect()
     };
     let source = names(&file("src/config.rs"));
-    assert_eq!(source.len(), 7, "{source:?}");
+    assert_eq!(source.len(), 8, "{source:?}");
     assert_eq!(names(&file("README.md")), source);
     assert_eq!(names(&help), source);
     for example in ["apache-example.conf", "nginx-example.conf"] {
