@@ -23,9 +23,8 @@ By hand:
   --help       show this
 
 Settings are environment variables, set by the web server: SHORTBUS_TTL, SHORTBUS_MAX_BYTES, SHORTBUS_MEMCACHED,
-SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN, SHORTBUS_WAIT, SHORTBUS_AUTH,
-SHORTBUS_KEY. A bus needs none, but memcached 1.6.10 or later on
-127.0.0.1:11211.
+SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN, SHORTBUS_WAIT, SHORTBUS_AUTH, SHORTBUS_KEY. A bus needs none, but memcached
+1.6.10 or later on 127.0.0.1:11211.
 ";
 
 /// Runs one command: the exit code (0 well, 1 the check failed, 2 no such command), and the text for stdout, or
