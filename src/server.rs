@@ -1,7 +1,7 @@
 //! The persistent mode: serves FastCGI on a listening socket, many requests at a time, on one thread.
 //!
 //! A web server or systemd starts the executable with the socket as fd 0, or systemd as fd 3. Each connection is a task
-//! of its own that holds no buffer while it waits; each request goes through the same [`http::answer`] as in CGI, with
+//! of its own ([`crate::connection`], [`crate::held`]); each request goes through the same [`http::answer`] as in CGI, with
 //! FastCGI's parameters in the place of the environment. Settings may come from either.
 
 use std::cell::Cell;
@@ -9,29 +9,26 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::net::TcpStream as StdTcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::task::Poll;
 
 use socket2::{Domain, SockRef, Socket};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::task::spawn_local;
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{sleep, timeout};
 
-use crate::bus::Page;
 use crate::cgi::variable;
 use crate::config::Config;
+use crate::connection::{Connection, within};
 use crate::error::Error;
-use crate::event_stream;
-use crate::fastcgi::{self, Parameters, Parser, Request};
-use crate::http::{self, Held, Response};
-use crate::hub::{self, Hubs, Waiter};
+use crate::fastcgi::{self, Parameters, Request};
+use crate::held::hold;
+use crate::http::{self, Response};
+use crate::hub::{self, Hubs};
 use crate::limits;
 use crate::memcached::home;
 use crate::pipeline::Pool;
@@ -157,6 +154,8 @@ impl Server {
                     if tcp {
                         // A stream's messages go out at once; web servers that are slow to acknowledge cost 40 ms.
                         socket.set_tcp_nodelay(true)?;
+                        // One whose host has gone does not keep its place.
+                        socket.set_keepalive(true)?;
                     }
                     TcpStream::from_std(StdTcpStream::from(OwnedFd::from(socket)))
                 }),
@@ -177,7 +176,7 @@ impl Server {
         let _open = Counted::new(self.clone(), |server| &server.open);
         let crowded = self.open.get() > self.connections;
         let body_limit = |parameters: &Parameters| self.config(parameters).map_or(0, |config| config.max_bytes);
-        let mut connection = Connection { stream, parser: Parser::default(), out: Vec::new() };
+        let mut connection = Connection::new(stream);
         let mut answering = None;
         loop {
             // Between requests the web server may take its time; a request that has begun has to go on.
@@ -201,8 +200,11 @@ impl Server {
                 if response.held.is_none() {
                     let log = response.log.as_deref().unwrap_or_default();
                     fastcgi::reply(&mut connection.out, id, &response.to_cgi(head, false), log.as_bytes());
-                } else if Box::pin(self.hold(id, response, &mut connection)).await.is_err() {
-                    return;
+                } else {
+                    let _held = Counted::new(self.clone(), |server| &server.held);
+                    if Box::pin(hold(id, response, &mut connection, &self.hubs, &self.stopping)).await.is_err() {
+                        return;
+                    }
                 }
                 connection.parser.answered();
             }
@@ -246,98 +248,6 @@ impl Server {
         response
     }
 
-    /// Holds a poll until there is something new, or streams for as long as the client stays.
-    async fn hold(self: &Rc<Server>, id: u16, mut response: Response, connection: &mut Connection) -> io::Result<()> {
-        let _held = Counted::new(self.clone(), |server| &server.held);
-        let head = response.to_cgi(false, false);
-        let Some(held) = response.held.take() else {
-            return Ok(());
-        };
-        let server = home(&held.config.memcached, &held.config.bus);
-        let waiter = self.hubs.wait(server, &held.config.bus, held.page.last_id, held.user);
-        if held.stream {
-            return self.stream(id, head, held, waiter, connection).await;
-        }
-        drop(head);
-        let deadline = Instant::now() + Duration::from_secs(held.seconds.into());
-        drop(held);
-        self.wait(id, response, deadline, waiter, connection).await
-    }
-
-    async fn wait(
-        &self,
-        id: u16,
-        mut response: Response,
-        deadline: Instant,
-        mut waiter: Waiter,
-        connection: &mut Connection,
-    ) -> io::Result<()> {
-        let page = loop {
-            let look_again = match Box::pin(waiter.poll()).await {
-                Ok(Some(page)) if !page.is_empty() => break page,
-                Ok(_) => deadline,
-                Err(_) => deadline.min(Instant::now() + limits::WATCH_RETRY),
-            };
-            if self.stopping.get() || Instant::now() >= deadline {
-                break Page { json: b"[]".to_vec(), last_id: waiter.after(), missed: false };
-            }
-            connection.idle(&mut waiter, look_again).await?;
-            if connection.parser.is_aborted() {
-                fastcgi::end(&mut connection.out, id);
-                return Ok(());
-            }
-        };
-        response.fill(page);
-        fastcgi::reply(&mut connection.out, id, &response.to_cgi(false, false), b"");
-        Ok(())
-    }
-
-    async fn stream(
-        &self,
-        id: u16,
-        head: Vec<u8>,
-        held: Box<Held>,
-        mut waiter: Waiter,
-        connection: &mut Connection,
-    ) -> io::Result<()> {
-        let mut text = head;
-        event_stream::begin(&mut text);
-        event_stream::page(&mut text, &held.page, 0);
-        event_stream::cursor(&mut text, waiter.after());
-        drop(held);
-        let mut at = waiter.after();
-        let mut heartbeat = Instant::now() + limits::HEARTBEAT;
-        loop {
-            if !text.is_empty() {
-                fastcgi::output(&mut connection.out, id, &text);
-                text = Vec::new();
-                heartbeat = Instant::now() + limits::HEARTBEAT;
-                // One that does not read is cut off. What is new meanwhile waits in memcached.
-                within(limits::STREAM_STALL, connection.flush()).await?;
-            }
-            let look_again = match Box::pin(waiter.poll()).await {
-                Ok(Some(page)) => {
-                    at = event_stream::page(&mut text, &page, at);
-                    continue;
-                }
-                Ok(None) => heartbeat,
-                Err(_) => heartbeat.min(Instant::now() + limits::WATCH_RETRY),
-            };
-            if self.stopping.get() || connection.parser.is_aborted() {
-                fastcgi::end(&mut connection.out, id);
-                return Ok(());
-            }
-            connection.idle(&mut waiter, look_again).await?;
-            if Instant::now() >= heartbeat {
-                text.extend_from_slice(event_stream::HEARTBEAT);
-                if at < waiter.after() {
-                    at = waiter.after();
-                    event_stream::cursor(&mut text, at);
-                }
-            }
-        }
-    }
-
     /// The settings of one request: of its parameters, else of the environment that this process was started with.
     fn config(&self, parameters: &Parameters) -> Result<Config, Error> {
         let vars = |name: &str| parameters.get(name).map(<[u8]>::to_vec).or_else(|| variable(name));
@@ -372,69 +282,4 @@ impl Drop for Counted {
         counter.set(counter.get() - 1);
         self.server.fewer.notify_one();
     }
-}
-
-struct Connection {
-    /// Whatever kind of socket it is: to read and write they are the same.
-    stream: TcpStream,
-    parser: Parser,
-    /// What is to be written.
-    out: Vec<u8>,
-}
-
-impl Connection {
-    /// Reads once, into a buffer that is there for no longer than that.
-    async fn read(&mut self, body_limit: &dyn Fn(&Parameters) -> usize) -> io::Result<()> {
-        poll_fn(|context| self.poll_read(context, body_limit)).await
-    }
-
-    fn poll_read(&mut self, context: &mut Context, body_limit: &dyn Fn(&Parameters) -> usize) -> Poll<io::Result<()>> {
-        let mut buffer = [0; BUFFER];
-        let mut buffer = ReadBuf::new(&mut buffer);
-        ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
-        if buffer.filled().is_empty() {
-            return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
-        }
-        let fed = self.parser.feed(buffer.filled(), &mut self.out, body_limit);
-        Poll::Ready(fed.map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed.0)))
-    }
-
-    /// Waits for something new, for a moment, for the web server to give up; or for a record that wants an answer.
-    async fn idle(&mut self, waiter: &mut Waiter, until: Instant) -> io::Result<()> {
-        let mut changed = pin!(waiter.changed());
-        let mut alarm = pin!(sleep_until(until.into()));
-        poll_fn(|context| {
-            while let Poll::Ready(read) = self.poll_read(context, &|_| 0) {
-                read?;
-                if self.parser.is_aborted() || !self.out.is_empty() {
-                    return Poll::Ready(Ok(()));
-                }
-            }
-            if changed.as_mut().poll(context).is_ready() || alarm.as_mut().poll(context).is_ready() {
-                return Poll::Ready(io::Result::Ok(()));
-            }
-            Poll::Pending
-        })
-        .await?;
-        within(limits::STREAM_STALL, self.flush()).await
-    }
-
-    /// Writes all, as long as the other side keeps taking it.
-    async fn flush(&mut self) -> io::Result<()> {
-        let out = std::mem::take(&mut self.out);
-        let mut rest = &out[..];
-        while !rest.is_empty() {
-            let write = poll_fn(|context| Pin::new(&mut self.stream).poll_write(context, rest));
-            let written = within(limits::PEER_DEADLINE, write).await?;
-            rest = &rest[written..];
-        }
-        Ok(())
-    }
-}
-
-/// Bytes read at a time: a request with a browser's headers.
-const BUFFER: usize = 4096;
-
-async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    timeout(limit, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
