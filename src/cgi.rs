@@ -24,7 +24,7 @@ pub fn variable(name: &str) -> Option<Vec<u8>> {
 
 /// Serves the one request of this process. A client that has gone is nobody's error.
 pub fn serve(argv0: &[u8]) {
-    let config = Config::read(&variable, argv0);
+    let config = Config::read(&variable, argv0, 0);
     let limit = config.as_ref().map_or(0, |config| config.max_bytes);
     let body = http::read_body(&variable, &*fd(0), limit);
     let open = |config: &Config| Memcached::connect(&config.memcached, &config.bus);

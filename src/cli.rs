@@ -41,13 +41,12 @@ pub fn run(argv0: &[u8], arguments: &[Vec<u8>]) -> (i32, String) {
 
 /// Shows what a request would meet, with this shell's environment in the place of the web server's.
 fn check(argv0: &[u8]) -> (i32, String) {
-    let config = match Config::read(&variable, argv0) {
+    let config = match Config::read(&variable, argv0, 0) {
         Ok(config) => config,
         Err(error) => return (1, format!("shortbus: {}\n", error.cause())),
     };
     let source = |name: &str, default| if variable(name).is_some() { "environment" } else { default };
     let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
-    let wait = if config.wait == 0 { "none".into() } else { config.wait.to_string() };
     let auth = if config.auth == Auth::Open { "open" } else { "signed" };
     // Never the key itself: what is shown here is pasted into reports.
     let key = match (&config.auth, variable("SHORTBUS_KEY").map(|key| key.len())) {
@@ -63,7 +62,7 @@ fn check(argv0: &[u8]) -> (i32, String) {
         ("SHORTBUS_MAX_BYTES", config.max_bytes.to_string(), "default"),
         ("SHORTBUS_MEMCACHED", config.memcached.join(" "), "default"),
         ("SHORTBUS_ALLOW_ORIGIN", origins, "default"),
-        ("SHORTBUS_WAIT", wait, "default"),
+        ("SHORTBUS_WAIT", config.wait.to_string(), "default, and 60 in FastCGI"),
         ("SHORTBUS_AUTH", auth.into(), "default"),
         ("SHORTBUS_KEY", key, "default"),
     ] {

@@ -1,5 +1,7 @@
 //! Settings: environment variables. A bus needs none.
 
+use std::ops::RangeInclusive;
+
 use crate::error::Error;
 use crate::limits;
 
@@ -9,7 +11,7 @@ pub type Vars<'a> = &'a dyn Fn(&str) -> Option<Vec<u8>>;
 const TTL_ALLOWED: &str = "a whole number of seconds from 1 to 2592000";
 const BYTES_ALLOWED: &str = "a whole number of bytes from 1 to 1000000";
 const MEMCACHED_ALLOWED: &str = "host:port, or the path of a unix socket; several are separated by spaces";
-const WAIT_ALLOWED: &str = "a whole number of seconds from 1 to 60";
+const WAIT_ALLOWED: &str = "a whole number of seconds from 0, for no waiting, to 60";
 const AUTH_ALLOWED: &str = "signed, or left out";
 const KEY_ALLOWED: &str = "at least 32 bytes that nobody can guess; make one with: openssl rand -base64 32";
 const BUS_ALLOWED: &str = "a name of at least one byte";
@@ -29,7 +31,7 @@ pub struct Config {
     pub memcached: Vec<String>,
     /// Origins whose pages may use the bus, `*` for all.
     pub allow_origin: Vec<String>,
-    /// Longest time a request may be held, seconds; 0 where the setting says nothing.
+    /// Longest time a request may be held, seconds; 0 for not at all.
     pub wait: u32,
     /// Who may publish.
     pub auth: Auth,
@@ -52,11 +54,13 @@ impl std::fmt::Debug for Auth {
 }
 
 impl Config {
-    /// Reads the settings; `argv0` is the executable's path as the web server gave it.
+    /// Reads the settings; `argv0` is the executable's path as the web server gave it, `wait` the longest time that a
+    /// request is held where nothing is set.
     ///
     /// # Errors
     /// [`Error::Setting`] for the first setting that cannot be used: never a default in its place.
-    pub fn read(vars: Vars, argv0: &[u8]) -> Result<Config, Error> {
+    pub fn read(vars: Vars, argv0: &[u8], wait: u32) -> Result<Config, Error> {
+        let number = |name, default, range, allowed| number(vars, name, default, range, allowed);
         let bus = match vars("SHORTBUS_BUS") {
             Some(name) => name,
             None => argv0.rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec(),
@@ -66,12 +70,11 @@ impl Config {
         }
         Ok(Config {
             bus,
-            ttl: number(vars, "SHORTBUS_TTL", limits::TTL_DEFAULT.into(), limits::TTL_MAX.into(), TTL_ALLOWED)? as u32,
+            ttl: number("SHORTBUS_TTL", limits::TTL_DEFAULT, 1..=limits::TTL_MAX, TTL_ALLOWED)?,
             max_bytes: number(
-                vars,
                 "SHORTBUS_MAX_BYTES",
-                limits::BYTES_DEFAULT as u64,
-                limits::BYTES_MAX as u64,
+                limits::BYTES_DEFAULT as u32,
+                1..=limits::BYTES_MAX as u32,
                 BYTES_ALLOWED,
             )? as usize,
             memcached: match list(vars, "SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)? {
@@ -79,7 +82,7 @@ impl Config {
                 servers => servers,
             },
             allow_origin: list(vars, "SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
-            wait: number(vars, "SHORTBUS_WAIT", 0, limits::WAIT_MAX.into(), WAIT_ALLOWED)? as u32,
+            wait: number("SHORTBUS_WAIT", wait, 0..=limits::WAIT_MAX, WAIT_ALLOWED)?,
             auth: auth(vars)?,
         })
     }
@@ -113,12 +116,18 @@ fn auth(vars: Vars) -> Result<Auth, Error> {
     }
 }
 
-fn number(vars: Vars, name: &'static str, default: u64, max: u64, allowed: &'static str) -> Result<u64, Error> {
+fn number(
+    vars: Vars,
+    name: &'static str,
+    default: u32,
+    range: RangeInclusive<u32>,
+    allowed: &'static str,
+) -> Result<u32, Error> {
     let Some(value) = vars(name) else {
         return Ok(default);
     };
-    match whole_number(&value) {
-        Some(number) if (1..=max).contains(&number) => Ok(number),
+    match whole_number(&value).and_then(|number| u32::try_from(number).ok()) {
+        Some(number) if range.contains(&number) => Ok(number),
         _ => Err(Error::Setting(name, String::from_utf8_lossy(&value).into_owned(), allowed)),
     }
 }

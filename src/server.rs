@@ -251,14 +251,11 @@ impl Server {
     /// The settings of one request: of its parameters, else of the environment that this process was started with.
     fn config(&self, parameters: &Parameters) -> Result<Config, Error> {
         let vars = |name: &str| parameters.get(name).map(<[u8]>::to_vec).or_else(|| variable(name));
-        let mut config = Config::read(&vars, &self.argv0)?;
+        let mut config = Config::read(&vars, &self.argv0, limits::WAIT_MAX)?;
         // To wait costs next to nothing here. But who waits must leave room for those who do not.
-        let room = self.held.get() < self.connections - self.connections / 8;
-        config.wait = match config.wait {
-            _ if !room => 0,
-            0 => limits::WAIT_MAX,
-            seconds => seconds,
-        };
+        if self.held.get() >= self.connections - self.connections / 8 {
+            config.wait = 0;
+        }
         Ok(config)
     }
 }

@@ -74,7 +74,7 @@ fn a_check_shows_each_setting_and_where_it_comes_from_and_touches_no_message() {
         ["SHORTBUS_MAX_BYTES", "10240", "(default)"],
         ["SHORTBUS_MEMCACHED", memcached, "(environment)"],
         ["SHORTBUS_ALLOW_ORIGIN", "*", "(environment)"],
-        ["SHORTBUS_WAIT", "none", "(default)"],
+        ["SHORTBUS_WAIT", "0", "(default, and 60 in FastCGI)"],
         ["SHORTBUS_AUTH", "open", "(default)"],
         ["SHORTBUS_KEY", "none", "(default)"],
     ] {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::{Folder, Front, LEASE_OVER, Memcached, Site, unix_millis};
 
-on_every_front! {
+on_main_fronts! {
     a_memcached_that_is_away_is_a_503_that_says_so
     what_is_no_memcached_is_a_503_that_says_so
     a_publish_whose_end_is_unknown_says_so

@@ -11,6 +11,7 @@ have() {
         apache2) command -v apache2 || command -v httpd ;;
         chromium) command -v chromium || command -v chromium-browser || command -v google-chrome ;;
         firefox-esr) command -v firefox-esr || command -v firefox ;;
+        mod_fcgid) [ -e /usr/lib/apache2/modules/mod_fcgid.so ] || [ -e /usr/lib64/httpd/modules/mod_fcgid.so ] ;;
         *) command -v "$1" ;;
     esac >/dev/null 2>&1
 }
@@ -24,6 +25,8 @@ package() {
         apt-get/apache2) echo apache2-bin ;; # the server and its modules without a system service
         dnf/apache2) echo httpd ;;
         pacman/apache2) echo apache ;;
+        apt-get/mod_fcgid) echo libapache2-mod-fcgid ;;
+        */systemd-socket-activate) echo systemd ;;
         dnf/firefox-esr | pacman/firefox-esr) echo firefox ;;
         */node) echo nodejs ;;
         dnf/npm) echo nodejs-npm ;;

@@ -207,7 +207,16 @@ fn any_file_name_is_a_bus_of_its_own(front: Front) {
         vec![0xc3; 255],
     ])
     // Its socket is called after it, and a socket's path is short.
-    .filter(|name| front != Front::NginxFastcgi || name.len() < 60)
+    .filter(|name| match front {
+        Front::NginxFastcgi => name.len() < 60,
+        // It starts a command line, with spaces and quotes, from a path of at most 255 bytes.
+        Front::ApacheFcgid => name.len() < 200 && !name.iter().any(|byte| b" '\"\\".contains(byte)),
+        // So does lighttpd; its conditions know only UTF-8, and take two that differ in case for the same.
+        Front::LighttpdFastcgi => {
+            std::str::from_utf8(name).is_ok() && !name.iter().any(|&byte| byte == b' ' || byte.is_ascii_uppercase())
+        }
+        _ => true,
+    })
     .collect();
     for name in &names {
         site.copy(std::ffi::OsStr::from_bytes(name));
@@ -218,7 +227,7 @@ fn any_file_name_is_a_bus_of_its_own(front: Front) {
         assert_eq!(heard.iter().map(|message| &message["data"]).collect::<Vec<_>>(), [&encode(name)]);
     }
     // No file has a name of 300 bytes: the server's own answer, and the bus goes on.
-    if ![Front::Bare, Front::NginxFastcgi].contains(&front) {
+    if ![Front::Bare, Front::NginxFastcgi].contains(&front) && !front.names_buses() {
         let reply = site.get(&"x".repeat(300));
         assert!([403, 404].contains(&reply.status), "{reply:?}");
         assert_eq!(site.get("chat").status, 200);
@@ -258,9 +267,9 @@ fn replies_carry_the_contracts_headers(front: Front) {
     let join = site.get("chat");
     let json = join.json();
     let names = json.as_object().unwrap().keys().collect::<Vec<_>>();
-    match front {
-        Front::NginxFastcgi => assert_eq!(names, ["id", "stream", "user", "wait"]),
-        _ => assert_eq!(names, ["id", "user"]),
+    match front.holds() {
+        true => assert_eq!(names, ["id", "stream", "user", "wait"]),
+        false => assert_eq!(names, ["id", "user"]),
     }
     for name in ["id", "user"] {
         assert!(json[name].as_u64().is_some_and(|number| number < 1 << 53), "{json}");
@@ -319,6 +328,10 @@ fn a_foreign_page_can_neither_publish_nor_ask_to(front: Front) {
     ];
     for bus in ["chat", "friends"] {
         for origin in foreign {
+            // lighttpd hands on no header without a value.
+            if origin.is_empty() && front.is_lighttpd() {
+                continue;
+            }
             for method in ["POST", "OPTIONS"] {
                 let reply = site.request(method, &format!("{bus}?user=1"), &[("Origin", origin)], b"1");
                 assert_outcome(&reply, 403, "foreign_origin");
@@ -641,6 +654,9 @@ fn bodies_get_the_documented_answer(front: Front) {
             // A body that stops short: server and bus between them publish nothing, and go on.
             let _ = site.send("POST", "chat?user=1", &[("Content-Length", "99")], b"12");
             site.foresee("Error reading request entity data");
+            site.foresee("prefetch request body failed");
+            site.foresee("(reading input brigade)");
+            site.foresee("can't get data from http client");
             let chunked = [("Transfer-Encoding", "chunked")];
             assert_outcome(&site.raw("POST", "chat?user=1", &chunked, b"1\r\n4\r\n1\r\n2\r\n0\r\n\r\n"), 200, "");
             let large = [b"2801\r\n", &text(10_241)[..], b"\r\n0\r\n\r\n"].concat();
@@ -705,6 +721,10 @@ fn parameters_get_the_documented_answer(front: Front) {
         match front {
             Front::Bare => assert_eq!(site.get(&target).status, if target.contains('x') { 200 } else { 400 }),
             // The servers' own limit is shorter.
+            _ if front.is_lighttpd() => {
+                assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 431);
+                site.foresee("oversized request-header");
+            }
             _ => assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 414),
         }
     }
@@ -716,9 +736,9 @@ fn methods_and_paths_get_the_documented_answer(front: Front) {
     site.copy("chat");
     for method in ["PUT", "DELETE", "PATCH", "PROPFIND", "get", "FOO"] {
         let reply = site.request(method, "chat?user=1&id=0", &[], b"1");
-        // nginx knows no method in lower case.
-        if method == "get" && [Front::NginxFcgiwrap, Front::NginxFastcgi].contains(&front) {
-            assert_eq!(reply.status, 400);
+        // nginx knows no method in lower case, lighttpd none that is not in a standard.
+        if method == "get" && front.is_nginx() || ["get", "FOO"].contains(&method) && front.is_lighttpd() {
+            assert_eq!(reply.status, if front.is_nginx() { 400 } else { 501 });
             continue;
         }
         assert_outcome(&reply, 405, "bad_method");
@@ -729,6 +749,11 @@ fn methods_and_paths_get_the_documented_answer(front: Front) {
     for path in ["/nothing", "/%2e%2e%2fetc", "/a/b/c", "/%ff", "/last", "/chat"] {
         // Apache itself refuses encoded slashes.
         if path.contains("%2f") && front != Front::Bare {
+            continue;
+        }
+        // lighttpd's conditions know only UTF-8.
+        if path == "/%ff" && front == Front::LighttpdFastcgi {
+            assert_eq!(site.get(&format!("chat{path}")).status, 404);
             continue;
         }
         assert_outcome(&site.get(&format!("chat{path}")), 404, "unknown_path");
@@ -892,8 +917,9 @@ fn a_send_s_name_is_1_to_64_plain_characters(front: Front) {
         assert_outcome(&first, 200, "");
         assert_eq!(site.post(&target, "1").body, first.body, "{once}");
     }
-    // The longest of all keys.
-    let name = "é".repeat(127);
+    // The longest of all keys, where a name may be that long.
+    let short = [Front::NginxFastcgi, Front::ApacheFcgid].contains(&front);
+    let name = "é".repeat(if short { 20 } else { 127 });
     site.copy(&name);
     let target = format!("{}?user=9007199254740991&once={longest}", encode(name.as_bytes()));
     assert_eq!(site.post(&target, "1").text(), site.post(&target, "1").text());

@@ -5,6 +5,7 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod fronts;
 pub mod persistent;
 
 use std::ffi::{OsStr, OsString};
@@ -36,13 +37,31 @@ macro_rules! on_every_front {
         on_every_front!(@ bare Bare; $($scenario)*);
         on_every_front!(@ apache_cgid ApacheCgid; $($scenario)*);
         on_every_front!(@ apache_cgi ApacheCgi; $($scenario)*);
+        on_every_front!(@ apache_fcgid ApacheFcgid; $($scenario)*);
+        on_every_front!(@ apache_proxy_fcgi ApacheProxyFcgi; $($scenario)*);
+        on_every_front!(@ lighttpd_cgi LighttpdCgi; $($scenario)*);
+        on_every_front!(@ lighttpd_fastcgi LighttpdFastcgi; $($scenario)*);
         on_every_front!(@ nginx_fcgiwrap NginxFcgiwrap; $($scenario)*);
+        on_every_front!(@ nginx_fastcgi_once NginxFastcgiOnce; $($scenario)*);
+        on_every_front!(@ nginx_fastcgi_shared NginxFastcgiShared; $($scenario)*);
         on_every_front!(@ nginx_fastcgi NginxFastcgi; $($scenario)*);
     };
     (@ $module:ident $front:ident; $($scenario:ident)*) => {
         mod $module {
             $(#[test] fn $scenario() { super::$scenario(crate::common::Front::$front); })*
         }
+    };
+}
+
+/// The same on the fronts of CGI and one of FastCGI, for what depends on no web server.
+#[allow(unused_macros, reason = "each test program uses its part")]
+macro_rules! on_main_fronts {
+    ($($scenario:ident)*) => {
+        on_every_front!(@ bare Bare; $($scenario)*);
+        on_every_front!(@ apache_cgid ApacheCgid; $($scenario)*);
+        on_every_front!(@ apache_cgi ApacheCgi; $($scenario)*);
+        on_every_front!(@ nginx_fcgiwrap NginxFcgiwrap; $($scenario)*);
+        on_every_front!(@ nginx_fastcgi NginxFastcgi; $($scenario)*);
     };
 }
 
@@ -281,7 +300,18 @@ pub enum Front {
     Bare,
     ApacheCgid,
     ApacheCgi,
+    /// FastCGI, processes started by Apache, each with one request at a time.
+    ApacheFcgid,
+    /// FastCGI, one process for all buses, by spawn-fcgi; connections are kept.
+    ApacheProxyFcgi,
+    LighttpdCgi,
+    /// FastCGI, a process for each bus, started by lighttpd; a connection for each request.
+    LighttpdFastcgi,
     NginxFcgiwrap,
+    /// FastCGI, one process for all buses, started as systemd does it; a connection for each request.
+    NginxFastcgiOnce,
+    /// FastCGI, one process for all buses, by spawn-fcgi; connections are kept.
+    NginxFastcgiShared,
     /// The executable as a FastCGI server, persistent.
     NginxFastcgi,
 }
@@ -298,6 +328,8 @@ pub struct Site {
     address: String,
     settings: Vec<(String, Vec<(String, String)>)>,
     pub workers: Mutex<Workers>,
+    /// lighttpd, and the files that it knows as buses: it has to be started anew for others.
+    lighttpd: Mutex<Option<(Vec<OsString>, Daemon)>>,
     /// Codes of the errors that clients were told.
     told: Mutex<Vec<String>>,
     /// What a server may say besides.
@@ -395,10 +427,15 @@ impl Site {
             address: String::new(),
             settings: Vec::new(),
             workers: Mutex::default(),
+            lighttpd: Mutex::default(),
             told: Mutex::default(),
             kills: AtomicBool::new(false),
-            // nginx, of large bodies and replies; Apache, that it started.
-            foreseen: Mutex::new(vec!["is buffered to a temporary file".into(), ":notice] [pid ".into()]),
+            // nginx, of large bodies and replies; Apache, lighttpd and systemd-socket-activate, that they started.
+            foreseen: Mutex::new(
+                ["is buffered to a temporary file", ":notice] [pid ", "(server.c.", " on fd 3", " as 3.", "Execing /"]
+                    .map(String::from)
+                    .to_vec(),
+            ),
             stderr: Mutex::default(),
         };
         for (bus, _) in settings {
@@ -413,21 +450,33 @@ impl Site {
         let own = |list: &[(&str, &str)]| list.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
         self.settings = settings.iter().map(|(bus, list)| ((*bus).into(), own(list))).collect();
         self.daemons.clear();
-        for left in ["pid", "nginx.sock", "fcgiwrap.sock"] {
+        drop(self.lighttpd.get_mut().unwrap().take());
+        for left in ["pid", "nginx.sock", "fcgiwrap.sock", "shortbus.sock"] {
             let _ = fs::remove_file(self.folder.join(left));
         }
         match self.front {
             Front::Bare => {}
             Front::ApacheCgid => self.start_apache("event", "cgid"),
             Front::ApacheCgi => self.start_apache("prefork", "cgi"),
+            Front::ApacheFcgid => self.start_apache_fastcgi(),
+            Front::ApacheProxyFcgi => {
+                self.start_process();
+                self.start_apache_fastcgi();
+            }
+            Front::LighttpdCgi | Front::LighttpdFastcgi => {
+                self.address = self.folder.join("lighttpd.sock").to_str().unwrap().into();
+            }
             Front::NginxFcgiwrap => self.start_nginx(),
+            Front::NginxFastcgiOnce | Front::NginxFastcgiShared => {
+                self.start_process();
+                self.start_nginx_shared();
+            }
             Front::NginxFastcgi => self.start_nginx_fastcgi(),
         }
     }
 
     fn start_apache(&mut self, mpm: &str, cgi: &str) {
         let root = self.folder.0.display().to_string();
-        let user = if is_root() { "User nobody\nGroup nogroup\n" } else { "" };
         let quoted = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
         let mut settings = format!("SetEnv SHORTBUS_MEMCACHED {}\n", quoted(&self.memcached.address));
         for (bus, list) in &self.settings {
@@ -438,19 +487,24 @@ impl Site {
             settings.push_str("</Location>\n");
         }
         let socket = if cgi == "cgid" { format!("ScriptSock {root}/cgid.sock\n") } else { String::new() };
-        let modules: String =
-            [format!("mpm_{mpm}"), cgi.into(), "alias".into(), "env".into(), "authz_core".into(), "authz_host".into()]
-                .iter()
-                .map(|name| format!("LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so\n"))
-                .collect();
         let example = concat!(env!("CARGO_MANIFEST_DIR"), "/apache-example.conf");
+        let config = format!("{socket}Define SHORTBUS_CGI_BIN {root}/cgi-bin\nInclude {example}\n{settings}");
+        self.run_apache(mpm, &[cgi, "alias"], &config);
+    }
+
+    fn run_apache(&mut self, mpm: &str, modules: &[&str], rest: &str) {
+        let root = self.folder.0.display().to_string();
+        let user = if is_root() { "User nobody\nGroup nogroup\n" } else { "" };
+        let mpm = format!("mpm_{mpm}");
+        let modules: String = ([&mpm[..], "env", "authz_core", "authz_host"].iter().chain(modules))
+            .map(|name| format!("LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so\n"))
+            .collect();
         for _ in 0..20 {
             // Apache can't be given a port 0: let the kernel pick one, and try another where somebody took it since.
             let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
             let config = format!(
                 "{modules}ServerRoot {root}\nServerName localhost\nListen 127.0.0.1:{port}\nPidFile {root}/pid\n\
-                 ErrorLog {root}/error.log\nLogLevel warn\nDefaultRuntimeDir {root}\nTimeout 20\n{user}{socket}\
-                 Define SHORTBUS_CGI_BIN {root}/cgi-bin\nInclude {example}\n{settings}"
+                 ErrorLog {root}/error.log\nLogLevel warn\nDefaultRuntimeDir {root}\nTimeout 20\n{user}{rest}"
             );
             fs::write(self.folder.join("apache.conf"), config).unwrap();
             let mut command = Command::new("/usr/sbin/apache2");
@@ -647,6 +701,9 @@ impl Site {
             request.push_str(&format!("{name}: {value}\r\n"));
         }
         request.push_str("\r\n");
+        if self.front.is_lighttpd() {
+            self.ensure_lighttpd();
+        }
         let mut stream = connect(&self.address)?;
         stream.write_all(&[request.as_bytes(), body].concat()).ok();
         if headers.iter().any(|(name, value)| {
@@ -703,7 +760,8 @@ impl Site {
 
     /// The error log, all servers' together.
     pub fn log(&self) -> String {
-        self.folder.text("error.log") + &self.folder.text("start.log") + &self.stderr.lock().unwrap()
+        let logs = ["error.log", "start.log", "process.log"].map(|name| self.folder.text(name));
+        logs.concat() + &self.stderr.lock().unwrap()
     }
 
     /// Takes note of an error whose reply had no body to tell it.

@@ -57,32 +57,35 @@ impl Site {
     pub(super) fn start_nginx_fastcgi(&mut self) {
         let root = self.folder.0.display().to_string();
         let quoted = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
-        // The repository's example as it stands, but for where things are.
-        let example = include_str!("../../nginx-fastcgi-example.conf")
-            .replace("/run/chat.sock", &format!("{root}/chat.s"))
-            .replace("client_max_body_size 1m;", "client_max_body_size 0;");
-        let (upstream, location) = example.split_once("# In the site's server { }").unwrap();
-        let location = location[location.find('\n').unwrap()..].rsplit_once('}').unwrap().0;
-        let memcached = ("SHORTBUS_MEMCACHED".to_owned(), self.memcached.address.clone());
-        let params = |list: &[(String, String)]| -> String {
+        // The repository's example, but for where things are, that each bus is the process of a file, by its name, and
+        // that connections are kept, as it advises.
+        let mut block = include_str!("../../nginx-fastcgi-example.conf").rsplit_once('}').unwrap().0.to_owned();
+        for (from, to) in [
+            ("client_max_body_size 1m;", "client_max_body_size 0;"),
+            ("fastcgi_param SHORTBUS_BUS chat;", ""),
+            ("fastcgi_pass unix:/run/shortbus.sock;", "fastcgi_keep_conn on; fastcgi_pass PROCESS;"),
+            ("^/cgi-bin/chat(", "^/cgi-bin/NAME("),
+        ] {
+            assert!(block.contains(from), "{from}");
+            block = block.replace(from, to);
+        }
+        let location = |name: &str, process: &str, list: &[(String, String)]| {
+            let memcached = ("SHORTBUS_MEMCACHED".to_owned(), self.memcached.address.clone());
             let default = (!list.iter().any(|(name, _)| *name == memcached.0)).then_some(&memcached);
-            list.iter()
-                .chain(default)
-                .map(|(name, value)| format!("fastcgi_param {name} {};\n", quoted(value)))
-                .collect()
+            let params = list.iter().chain(default);
+            let params: String =
+                params.map(|(name, value)| format!("fastcgi_param {name} {};\n", quoted(value))).collect();
+            format!("{}{params}}}\n", block.replace("NAME", name).replace("PROCESS", process))
         };
         let none = ("chat".to_owned(), vec![]);
         let (mut upstreams, mut locations) = (String::new(), String::new());
         let chat = if self.settings.iter().any(|(bus, _)| bus == "chat") { None } else { Some(&none) };
         for (bus, list) in self.settings.iter().chain(chat) {
-            upstreams.push_str(&upstream.replace("chat", bus));
-            locations.push_str(&format!("{}{}}}\n", location.replace("chat", bus), params(list)));
+            upstreams.push_str(&format!("upstream {bus} {{ server unix:{root}/{bus}.s; keepalive 32; }}\n"));
+            locations.push_str(&location(bus, bus, list));
         }
         // Names that a test comes up with later.
-        let any = location
-            .replace("cgi-bin/chat(", "cgi-bin/(?<any>[^/]+)(")
-            .replace("pass chat;", &format!("pass unix:{root}/$any.s;"));
-        locations.push_str(&format!("{any}{}}}\n", params(&[])));
+        locations.push_str(&location("(?<any>[^/]+)", &format!("unix:{root}/$any.s"), &[]));
         self.run_nginx(&upstreams, &locations);
     }
 }
@@ -230,6 +233,8 @@ impl Client {
                 Ok(0) => return None,
                 Ok(length) => self.received.extend_from_slice(&buffer[..length]),
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+                // A read with a time-out is not taken up again behind a signal (signal(7)).
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => panic!("{error}, after {:?}", String::from_utf8_lossy(&self.stdout)),
             }
         }
