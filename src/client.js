@@ -16,6 +16,14 @@ class BusError extends Error {
 const GIVE_UP = 30_000; // milliseconds until a poll is given up, and the longest pause after failures
 const TRY = 10_000; // milliseconds until a join or one try of a message is given up
 const LEAST = 1_000; // milliseconds that a try gets, however late it is
+const HEARTBEAT = 15_000; // milliseconds after which a stream with no news says so
+const SILENCE = 2.5 * HEARTBEAT; // milliseconds, after which a stream is taken for dead
+const BUFFERED = 5_000; // milliseconds until a stream is given up of which nothing came
+const SOON = 10_000; // milliseconds; a stream that ends before was cut
+const HOLD = 25; // seconds for which a poll is held: many a proxy cuts what takes 30
+const [STREAM, LONG, PLAIN] = [0, 1, 2]; // ways to hear
+const STRIKES = 3; // failures of a way, while plain polls work, until the next way is taken
+const AGAIN = 300_000; // milliseconds until the best way is tried again
 const KEPT_ALIVE = 60_000; // bytes; browsers keep 64 KiB of a page's requests alive when it is left
 let keptAlive = 0; // bytes under way now, of all buses
 const isId = Number.isSafeInteger;
@@ -50,6 +58,29 @@ function within(milliseconds, promise) {
   return Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }
 
+/** Reads server-sent events (WHATWG HTML, section 9.2.6) from text that comes in pieces, cut anywhere. */
+function eventReader(dispatch) {
+  let rest = "";
+  let returned = false; // the last piece ended with CR: an LF belongs to it
+  let [type, data, id] = ["", [], ""];
+  return (text) => {
+    if (!text) return;
+    if (returned && text[0] === "\n") text = text.slice(1);
+    returned = text.endsWith("\r");
+    const lines = (rest + text).split(/\r\n|\r|\n/);
+    rest = lines.pop();
+    for (const line of lines) {
+      const [, field, value] = /^([^:]*):? ?(.*)/s.exec(line);
+      if (field === "event") type = value;
+      else if (field === "data") data.push(value);
+      else if (field === "id" && !value.includes("\0")) id = value;
+      if (line) continue;
+      if (data.length) dispatch(type || "message", data.join("\n"), id);
+      [type, data] = ["", []];
+    }
+  };
+}
+
 /** A bus, in the shape of BroadcastChannel. README says what each part does. */
 class MessageBus extends EventTarget {
   #url;
@@ -64,7 +95,21 @@ class MessageBus extends EventTarget {
   #connected = false;
   #closed = false;
   #failures = 0;
+  #offer = {}; // by the latest join: whether there are streams, seconds that a poll may wait
+  #transport;
+  #best = STREAM; // the best way that works
+  #again = Infinity; // when better ones are tried again
+  #strikes = 0;
+  #doubt = 0; // strikes, if a plain poll works
+  #alone = !globalThis.navigator?.locks; // no connection can be shared by tabs
+  #channel; // of those that share one
+  #resignation; // ends our part
+  #leads = false; // we have the connection
+  #told = []; // what the one that has it said
+  #current = false; // nothing came but what was told
+  #heardAt; // when that one said something, or our own stream
   #poll; // aborts the request that polls
+  #nudge; // ends its pause
   #wakes = new Set(); // each ends a pause
   #hurry = false; // whether it is time to poll, whatever is under way
   #queue = []; // what is still to be sent, in order
@@ -94,16 +139,16 @@ class MessageBus extends EventTarget {
 
     // Timers sleep with the machine, and nearly so in hidden pages: at the end of such a sleep, poll at once.
     const listen = (target, type, act) => target?.addEventListener?.(type, act, { signal: this.#end.signal });
-    listen(globalThis, "online", () => this.#pollNow());
-    listen(globalThis, "pageshow", ({ persisted }) => {
-      this.#leaving = false;
-      if (persisted) this.#pollNow();
+    listen(globalThis, "online", () => {
+      this.#allow(STREAM);
+      this.#pollNow();
     });
-    listen(globalThis.document, "visibilitychange", () => document.hidden || this.#pollNow());
-    listen(globalThis, "pagehide", () => {
-      this.#leaving = true;
-      for (const message of this.#queue) this.#leave(message);
-    });
+    listen(globalThis.document, "visibilitychange", () => this.#seen(!document.hidden));
+    // In the browser's cache a page stands still, as a frozen one does.
+    listen(globalThis, "pagehide", () => this.#goAway());
+    listen(globalThis.document, "freeze", () => this.#goAway());
+    listen(globalThis, "pageshow", () => this.#comeBack());
+    listen(globalThis.document, "resume", () => this.#comeBack());
     listen(signal, "abort", () => this.#abort(signal.reason));
     // The caller gets to listen first.
     queueMicrotask(() => (signal?.aborted ? this.#abort(signal.reason) : this.#run()));
@@ -138,6 +183,11 @@ class MessageBus extends EventTarget {
     return this.#connected;
   }
 
+  /** The way by which it hears: "stream", "long-poll", "poll", or "tab": by another tab, which has the connection. */
+  get transport() {
+    return this.#transport;
+  }
+
   /** Sends; where that fails for good there is an `error` event. */
   postMessage(data) {
     if (this.#closed) throw new DOMException("the bus is closed", "InvalidStateError");
@@ -155,6 +205,7 @@ class MessageBus extends EventTarget {
     if (this.#closed) return;
     this.#closed = true;
     this.#connected = false;
+    this.#resign();
     // What waits needs the join.
     if (!this.#joining || !this.#queue.length) this.#poll?.abort();
     this.#wake();
@@ -223,33 +274,40 @@ class MessageBus extends EventTarget {
     this.close();
   }
 
-  /** Joins and polls until it is closed: one request at a time. */
+  /** Joins and hears until it is closed: one request at a time. */
   async #run() {
     while (!this.#closed) {
       let pause = this.#interval;
       this.#hurry = false;
       this.#poll = new AbortController();
       try {
-        if (this.#lastId === undefined) await this.#join(this.#poll);
-        else if (await this.#hear()) pause = 0;
+        if (this.#lastId === undefined) {
+          await this.#join(this.#poll);
+          if (this.#offer.wait) pause = 0;
+        } else {
+          pause = this.#leaving ? Infinity : await this.#hear();
+        }
         this.#failures = 0;
       } catch (error) {
         if (this.#closed) break;
         if (this.#hurry) continue;
-        this.#connected = false;
+        this.#doubt = 0;
+        this.#current = this.#connected = false;
+        this.#tell(this.#leads, { best: this.#best });
         this.#fire(new Event("error"), { error });
         pause = Math.max(backOff(this.#failures++, Math.max(500, this.#interval)), (error.retryAfter ?? 0) * 1_000);
       }
       this.#poll = undefined;
-      if (!this.#closed) await this.#pause(pause);
+      if (pause && !this.#closed) await this.#pause(pause, (wake) => (this.#nudge = wake));
     }
   }
 
-  async #pause(milliseconds) {
+  async #pause(milliseconds, given) {
     let wake;
     let timer;
     await new Promise((resolve) => {
       this.#wakes.add((wake = resolve));
+      given?.(wake);
       // A timer takes what is longer for nothing.
       timer = setTimeout(resolve, Math.min(milliseconds, 2 ** 31 - 1));
     });
@@ -265,8 +323,29 @@ class MessageBus extends EventTarget {
   /** Whatever is under way may hang on a connection that has gone. */
   #pollNow() {
     this.#hurry = true;
+    this.#current = false;
+    this.#doubt = 0;
     this.#poll?.abort();
     this.#wake();
+  }
+
+  #seen(visible) {
+    const lives = this.#transport === "stream" && !this.#failures && Date.now() - this.#heardAt < 1.5 * HEARTBEAT;
+    // A hidden page that cannot share a connection gives its own up.
+    if (visible ? !lives : this.#alone && this.#offer.wait) this.#pollNow();
+  }
+
+  #goAway() {
+    this.#leaving = true;
+    for (const message of this.#queue) this.#leave(message);
+    this.#resign();
+    if (this.#lastId !== undefined) this.#pollNow();
+  }
+
+  #comeBack() {
+    if (!this.#leaving) return;
+    this.#leaving = false;
+    this.#pollNow();
   }
 
   /** Joins: once, however many wait for it. */
@@ -276,7 +355,9 @@ class MessageBus extends EventTarget {
 
   async #sitDown(abort) {
     const { json } = await this.#request("", {}, (join) => isId(join?.user) && isId(join?.id), abort, TRY);
-    const { user, id, bus, secret } = json;
+    const { user, id, bus, secret, wait, stream } = json;
+    this.#offer = { wait: Math.min(wait, HOLD) || 0, stream };
+    this.#allow(STREAM);
     const hmac = { name: "HMAC", hash: "SHA-256" };
     const key = secret && (await globalThis.crypto?.subtle?.importKey("raw", utf8(secret), hmac, false, ["sign"]));
     this.#seat = { bus, secret, key };
@@ -301,15 +382,132 @@ class MessageBus extends EventTarget {
     this.#fire(new Event("open"));
   }
 
-  /** Polls once; whether there may be more at once. */
+  /** Hears what is new: the pause until it is to hear again. */
   async #hear() {
-    const query = `?user=${this.#user}&id=${this.#lastId}`;
+    if (Date.now() > this.#again) this.#allow(STREAM);
+    const { wait, stream } = this.#offer;
+    const way = wait ? Math.max(this.#best, stream ? STREAM : LONG) : PLAIN;
+    if (way === PLAIN) this.#resign();
+    else if (!this.#alone) this.#stand();
+    if (this.#channel && !this.#leads) return this.#follow();
+    const holds = way !== PLAIN && (this.#leads || !globalThis.document?.hidden);
+    if (!holds || this.#failures || this.#doubt) {
+      const more = await this.#ask();
+      this.#strike(this.#doubt, way);
+      this.#doubt = 0;
+      if (!holds) this.#transport = "poll";
+      return holds || more ? 0 : this.#interval;
+    }
+    const [start, before] = [Date.now(), this.#lastId];
+    try {
+      if (way === STREAM) return await this.#stream(start);
+      this.#transport = "long-poll";
+      await this.#ask(wait);
+    } catch (error) {
+      // What the bus itself says is an error. Whether the rest is the way's fault, a plain poll tells.
+      if (this.#closed || this.#hurry || (error.status && error.code !== "http")) throw error;
+      this.#doubt ||= 1;
+      return 0;
+    }
+    const held = this.#lastId !== before || Date.now() - start > wait * 500;
+    if (held) this.#strikes = 0;
+    else this.#strike(1, way);
+    return held ? 0 : this.#interval;
+  }
+
+  #strike(strikes, way) {
+    this.#strikes += strikes;
+    if (this.#strikes < STRIKES) return;
+    this.#allow(way + 1);
+    this.#tell(this.#leads, { best: this.#best });
+  }
+
+  #allow(best) {
+    this.#best = best;
+    this.#again = best ? Date.now() + AGAIN : Infinity;
+    this.#strikes = 0;
+  }
+
+  /** Whose messages are left out: nobody's, where others want to hear ours. */
+  #who() {
+    return this.#leads ? "" : `user=${this.#user}&`;
+  }
+
+  /** Polls once; whether there may be more at once. */
+  async #ask(wait) {
+    const leads = this.#leads;
+    const query = `?${this.#who()}id=${this.#lastId}${wait ? `&wait=${wait}` : ""}`;
     const isPage = (list) => Array.isArray(list) && list.every((message) => isId(message?.id));
-    const { json: messages, headers } = await this.#request(query, {}, isPage, this.#poll);
-    if (this.#closed) return false;
+    const limit = wait ? wait * 1_000 + TRY : GIVE_UP;
+    const { json: messages, headers } = await this.#request(query, {}, isPage, this.#poll, limit);
+    const last = Number(headers.get("Shortbus-Last-Id"));
+    this.#take({ messages, missed: headers.has("Shortbus-Missed"), last }, leads);
+    return messages.length >= 100;
+  }
+
+  /** Hears an event stream to its end: the pause until the next one. */
+  async #stream(start) {
+    const [leads, abort] = [this.#leads, this.#poll];
+    let timer;
+    const expect = (milliseconds, strikes) => {
+      clearTimeout(timer);
+      timer = setTimeout(() => {
+        this.#doubt = strikes;
+        abort.abort();
+      }, milliseconds);
+    };
+    let page = { messages: [] };
+    const take = () => {
+      // What was missed belongs to what comes next.
+      if (page.missed && !page.last) return;
+      this.#take(page, leads);
+      page = { messages: [] };
+    };
+    const read = eventReader((type, data, id) => {
+      if (type === "missed") {
+        take();
+        page.missed = true;
+      } else if (type === "message" || type === "cursor") {
+        page.last = Number(id);
+        if (type === "message") page.messages.push(JSON.parse(data));
+      }
+    });
+    let lived = false;
+    expect(BUFFERED, STRIKES);
+    try {
+      const init = { cache: "no-store", signal: abort.signal };
+      const reply = await fetch(`${this.#url}?${this.#who()}id=${this.#lastId}&stream=1`, init);
+      if (!reply.ok) this.#read(reply, await reply.text());
+      if (!reply.headers.get("Content-Type")?.startsWith("text/event-stream")) {
+        this.#doubt = STRIKES;
+        throw new Error("no stream");
+      }
+      const [reader, decoder] = [reply.body.getReader(), new TextDecoder()];
+      for (let chunk; !(chunk = await reader.read()).done; ) {
+        expect(SILENCE, 1);
+        this.#heardAt = Date.now();
+        this.#transport = "stream";
+        if ((lived ||= this.#heardAt - start > SOON)) this.#strikes = 0;
+        read(decoder.decode(chunk.value, { stream: true }));
+        take();
+      }
+      if (!lived) throw new Error("cut");
+    } catch (error) {
+      if (!lived || this.#hurry) throw error;
+    } finally {
+      clearTimeout(timer);
+      abort.abort();
+    }
+    return backOff(0, 500);
+  }
+
+  /** Delivers what is new; who leads tells the others, also that there was nothing. */
+  #take(page, leads) {
+    if (this.#closed) return;
+    this.#tell(leads, { from: this.#lastId, ...page });
     this.#opened();
     // Where the counter was lost, ids may be lower than before; else a lower one is an old reply from some cache.
-    const missed = headers.has("Shortbus-Missed");
+    const { messages, missed, last } = page;
     if (missed) this.#fire(new Event("missed"));
     const passed = missed ? -1 : this.#lastId;
     const origin = new URL(this.#url).origin;
@@ -318,11 +516,80 @@ class MessageBus extends EventTarget {
       this.#lastId = id;
       if (this.#users.has(user)) continue; // sent as whom we were before
       this.#fire(new MessageEvent("message", { data, lastEventId: String(id), origin }), { user });
-      if (this.#closed) return false;
+      if (this.#closed) return;
     }
-    const last = Number(headers.get("Shortbus-Last-Id"));
     if (last > 0 && last > (missed ? 0 : this.#lastId)) this.#lastId = last;
-    return messages.length >= 100;
+  }
+
+  // Browsers have six connections to a server, for all tabs. So one of them, by a lock, has the one that waits, and tells
+  // the others what it hears. Each has its own cursor, and polls if that is not where the news begins.
+
+  #tell(leads, news) {
+    if (leads) this.#channel?.postMessage(news);
+  }
+
+  /** Stands for the lead. */
+  #stand() {
+    if (this.#channel) return;
+    const name = `shortbus ${this.#url}`;
+    const { signal } = (this.#resignation = new AbortController());
+    this.#current = false;
+    this.#heardAt = Date.now();
+    this.#channel = new BroadcastChannel(name);
+    this.#channel.onmessage = ({ data }) => this.#hearSay(data);
+    const lead = () =>
+      new Promise((resolve) => {
+        if (signal.aborted) return resolve();
+        signal.addEventListener("abort", resolve);
+        this.#leads = true;
+        this.#nudge?.();
+      });
+    navigator.locks.request(name, { signal }, lead).catch(() => {
+      if (signal.aborted) return;
+      this.#alone = true; // in a sandbox
+      this.#resign();
+      this.#pollNow();
+    });
+  }
+
+  #resign() {
+    this.#channel?.close();
+    this.#resignation?.abort();
+    this.#channel = undefined;
+    this.#leads = false;
+  }
+
+  #isSilent() {
+    return Date.now() - this.#heardAt > SILENCE;
+  }
+
+  /** The one that leads has heard something, or cannot. */
+  #hearSay(news) {
+    const wasSilent = this.#isSilent();
+    this.#heardAt = news.messages ? Date.now() : -Infinity;
+    if (news.messages) this.#told.push(news);
+    else this.#allow(news.best);
+    // Polls that fail have their pauses.
+    if (wasSilent || !this.#failures) this.#nudge?.();
+  }
+
+  /** Takes what was told; polls where there is a gap, and while nothing is told. */
+  async #follow() {
+    const silent = this.#isSilent();
+    if (silent || !this.#current) {
+      this.#told = []; // the poll says it too
+      const more = await this.#ask();
+      this.#current = !more;
+      if (silent) this.#transport = "poll";
+      return more || this.#leads || !this.#isSilent() ? 0 : this.#interval;
+    }
+    this.#transport = "tab";
+    while (this.#current && this.#told.length) {
+      const news = this.#told.shift();
+      if (news.missed || news.from > this.#lastId) this.#current = false;
+      else this.#take(news);
+    }
+    return this.#current ? SILENCE : 0;
   }
 
   #enqueue(data) {
@@ -470,6 +737,11 @@ class MessageBus extends EventTarget {
     } finally {
       clearTimeout(timer);
     }
+    return { json: this.#read(reply, text, isRight), headers: reply.headers };
+  }
+
+  /** What a reply holds. */
+  #read(reply, text, isRight) {
     // Of the whole second that it names, the middle.
     const date = Date.parse(reply.headers.get("Date")) + 500;
     if (date) this.#skew = date - Date.now();
@@ -485,6 +757,6 @@ class MessageBus extends EventTarget {
       throw Object.assign(error, { status, retryAfter: Number(headers.get("Retry-After")) || 0 });
     }
     if (!isRight(json)) throw new BusError("not_a_bus", "What answered is no bus: its reply is not what a bus says.");
-    return { json, headers };
+    return json;
   }
 }

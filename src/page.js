@@ -9,6 +9,8 @@ const LONG = 500; // characters of a message, beyond which it is folded
 const COLOURED = 20_000; // characters of JSON, beyond which it is set in one colour
 const BUSY = 5; // messages in five seconds, beyond which a screen reader hears how many, not each
 
+const WAYS = { stream: "stream", "long-poll": "long polls", poll: "polls", tab: "another tab's stream" };
+
 const $ = (id) => document.getElementById(id);
 const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 const calendar = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
@@ -51,6 +53,7 @@ function showState() {
   $("user").textContent = bus.user ?? "–";
   if (bus.user !== undefined) $("user").style.setProperty("--hue", hue(bus.user));
   $("last").textContent = bus.lastId ?? "–";
+  $("way").textContent = WAYS[bus.transport] ?? "–";
   if (connected === undefined) return;
   const text = make("p", {}, connected ? "connected since " : "not connected since ", time(since));
   if (reason) text.append(`: ${reason}`);

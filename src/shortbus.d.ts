@@ -64,6 +64,8 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   readonly lastId: number | undefined;
   /** Whether the latest poll was answered. */
   readonly connected: boolean;
+  /** How it hears: `tab`: another tab has the connection, for all of them; undefined until it does. */
+  readonly transport: "stream" | "long-poll" | "poll" | "tab" | undefined;
 
   onopen: ((this: this, event: Event) => void) | null;
   onmessage: ((this: this, event: BusMessageEvent<T>) => void) | null;

@@ -5,13 +5,15 @@ import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import puppeteer from "puppeteer-core";
-import { atEnd, startProxy, startSite, until } from "./servers.mjs";
+import { setTimeout as sleep } from "node:timers/promises";
+import { atEnd, startFastcgiSite, startProxy, startSite, until } from "./servers.mjs";
 
 const SIGNED = { SHORTBUS_AUTH: "signed" };
 const site = await startSite((site) => {
   const allowed = { SHORTBUS_ALLOW_ORIGIN: site.otherOrigin };
   return { allowed, "signed-*": SIGNED, "signed-allowed": { ...SIGNED, ...allowed } };
 });
+const live = await startFastcgiSite(); // with event streams and long polls
 for (const name of ["allowed", "denied"]) site.bus(name);
 
 function find(...names) {
@@ -43,16 +45,28 @@ const [chromium, firefox] = await Promise.all([
   launch("firefox", find("firefox-esr", "firefox"), []),
 ]);
 const browsers = { Chromium: chromium, Firefox: firefox };
-after(() => Promise.all([chromium.close(), firefox.close(), site.close()]));
+after(() => Promise.all([chromium.close(), firefox.close(), site.close(), live.close()]));
 
 /** Opens a page in a window and a session of its own, and takes care that no policy is violated and nothing throws. */
-async function visit(t, browser, url, check = (problems) => assert.deepEqual(problems, [])) {
+async function visit(t, browser, url, check) {
+  const [page] = await visits(t, browser, url, 1, check);
+  return page;
+}
+
+/** Opens a page as often in tabs of one session. */
+async function visits(t, browser, url, number, check = (problems) => assert.deepEqual(problems, [])) {
   const context = await browser.createBrowserContext();
   const problems = [];
   t.after(async () => {
     await context.close();
     check(problems);
   });
+  const pages = [];
+  while (pages.length < number) pages.push(await tab(context, url, problems));
+  return pages;
+}
+
+async function tab(context, url, problems = []) {
   const page = await context.newPage();
   page.on("pageerror", (error) => problems.push(String(error)));
   page.on("console", (message) => message.text().startsWith("violation of") && problems.push(message.text()));
@@ -66,11 +80,11 @@ async function visit(t, browser, url, check = (problems) => assert.deepEqual(pro
 }
 
 /** A page with the client of this bus, by default under a strict policy: its URL. */
-function html(bus, script = "", path = "strict") {
-  site.bus(bus);
-  site.serve(`${path}/${bus}.js`, script);
+function html(bus, script = "", path = "strict", at = site) {
+  at.bus(bus);
+  at.serve(`${path}/${bus}.js`, script);
   const tags = [`/cgi-bin/${bus}/shortbus.js`, `${bus}.js`].map((url) => `<script src="${url}"></script>`);
-  return site.serve(`${path}/${bus}.html`, `<!doctype html><title>${bus}</title>${tags.join("")}<p id="shown"></p>`);
+  return at.serve(`${path}/${bus}.html`, `<!doctype html><title>${bus}</title>${tags.join("")}<p id="shown"></p>`);
 }
 
 /** Starts the client in a page, and lists what it hears. */
@@ -267,15 +281,16 @@ test("online again, it polls at once", async (t) => {
 });
 
 /** Visits a page of a proxy's, which starts the client at once. */
-async function through(t, bus, treat) {
-  const proxy = await startProxy(site.bus(bus), (pass, request) => {
+async function through(t, bus, treat, at = site, number = 1) {
+  const proxy = await startProxy(at.bus(bus), (pass, request) => {
     const scripts = ["/bus/shortbus.js", "/start.js"].map((url) => `<script src="${url}"></script>`);
     if (request.url === "/") return { headers: { "Content-Type": "text/html" }, body: scripts.join("") };
     const script = { headers: { "Content-Type": "text/javascript" }, body: "const bus = new MessageBus();" };
     return request.url === "/start.js" ? script : treat(pass, request);
   });
   t.after(proxy.close);
-  return [await visit(t, chromium, new URL("/", proxy.url).href), proxy];
+  const pages = await visits(t, chromium, new URL("/", proxy.url).href, number);
+  return [pages[0], proxy, pages];
 }
 
 const isJoin = ({ method, url }) => method === "GET" && url === "/bus";
@@ -576,6 +591,192 @@ for (const [name, browser] of [...Object.entries(browsers), ["signed-page", chro
     await shows(ann, "[role=log]", "from beside");
   });
 }
+
+// Streams, shared by the tabs of a browser.
+
+const ways = (pages) => Promise.all(pages.map((page) => page.evaluate(() => bus.transport)));
+const lead = async (pages) => pages[(await ways(pages)).indexOf("stream")];
+const others = (pages, leader) => pages.filter((page) => page !== leader);
+
+/** So many tabs with a client each, all of which hear. */
+async function tabs(t, browser, bus, number) {
+  const pages = await visits(t, browser, html(bus, "", "strict", live), number);
+  await Promise.all(pages.map((page) => joined(page, { interval: 200 })));
+  await until("one stream for all", async () => (await ways(pages)).sort().join() === shared(number));
+  return pages;
+}
+
+const shared = (number) => ["stream", ...Array(number - 1).fill("tab")].join();
+
+/** Publishes numbers, and sees that all of these pages hear all of them, once, in order. */
+async function hear(pages, bus, from, to, meanwhile = () => {}) {
+  const sent = (async () => {
+    for (const n of numbers(from, to)) {
+      const publish = () => live.publish(live.bus(bus), n, `1&once=the-number-${n}`).catch(() => {});
+      await until("a publish", publish);
+    }
+  })();
+  await meanwhile();
+  await sent;
+  await until("all", async () => (await Promise.all(pages.map((page) => count(page)))).every((n) => n >= to));
+  for (const page of pages) assert.deepEqual(await log(page), numbers(0, to));
+  for (const page of pages) assert.deepEqual(await log(page, "missed"), []);
+}
+
+test("Chromium: nine tabs share a stream, hear within a second, and each can send", async (t) => {
+  const pages = await tabs(t, chromium, "nine", 9);
+  const start = performance.now();
+  await live.publish(live.bus("nine"), 0);
+  await until("all", async () => (await Promise.all(pages.map((page) => count(page)))).every(Boolean));
+  assert(performance.now() - start < 1_000);
+  const sent = pages.map((page, n) => send(page, n + 1));
+  const ids = await Promise.all(sent);
+  const order = ids.map((id, n) => [id, n + 1]).sort(([a], [b]) => a - b).map(([, n]) => n);
+  await until("the rest", async () => (await Promise.all(pages.map((page) => count(page)))).every((n) => n >= 9));
+  for (const [n, page] of pages.entries()) {
+    assert.deepEqual(await log(page), [0, ...order.filter((m) => m !== n + 1)]); // but its own
+    assert.deepEqual(await log(page, "error"), []);
+  }
+});
+
+test("Firefox: two tabs share a stream", async (t) => {
+  const pages = await tabs(t, firefox, "two", 2);
+  await hear(pages, "two", 0, 20);
+  const leader = await lead(pages);
+  const [other] = others(pages, leader);
+  await leader.close();
+  await hear([other], "two", 20, 40);
+  await until("its own stream", async () => (await ways([other]))[0] === "stream");
+});
+
+test("when the tab with the stream is closed, crashes, freezes or goes, another takes over", async (t) => {
+  let pages = await tabs(t, chromium, "lead", 6);
+  let next = 0;
+  const heard = (pages, meanwhile) => hear(pages, "lead", next, (next += 30), meanwhile);
+  const take = async (leader, leave) => {
+    const rest = others(pages, leader);
+    await heard(rest, () => leave(leader));
+    await until("one stream", async () => (await ways(rest)).sort().join() === shared(rest.length));
+    return rest;
+  };
+  pages = await take(await lead(pages), (page) => page.close());
+  pages = await take(await lead(pages), async (page) => {
+    const devtools = await page.createCDPSession();
+    devtools.send("Page.crash").catch(() => {});
+    await sleep(100);
+  });
+  const frozen = await lead(pages);
+  const devtools = await frozen.createCDPSession();
+  await take(frozen, () => devtools.send("Page.setWebLifecycleState", { state: "frozen" }));
+  await devtools.send("Page.setWebLifecycleState", { state: "active" });
+  await heard(pages); // with what it slept through
+  const gone = await lead(pages);
+  await take(gone, () => gone.goto(live.serve("gone.html", "<!doctype html>")));
+  await gone.goBack();
+  assert(await gone.evaluate(() => window.bus), "it was not kept");
+  await heard(pages);
+});
+
+test("tabs that share a stream lose nothing while servers are killed and restarted", async (t) => {
+  const pages = await tabs(t, chromium, "kills", 4);
+  await hear(pages, "kills", 0, 60, async () => {
+    await live.stopFastcgi("SIGKILL");
+    await sleep(300);
+    await live.startFastcgi();
+  });
+  await hear(pages, "kills", 60, 120, () => live.restartApache());
+  await live.restartMemcached();
+  await live.publish(live.bus("kills"), "new");
+  await until("all", async () => (await Promise.all(pages.map((page) => count(page)))).every((n) => n > 120));
+  for (const page of pages) {
+    assert.deepEqual([await log(page), await count(page, "missed")], [[...numbers(0, 120), "new"], 1]);
+  }
+  await until("one stream for all", async () => (await ways(pages)).sort().join() === shared(4));
+});
+
+test("a tab that was not told everything finds the rest", async (t) => {
+  const pages = await tabs(t, chromium, "late", 2);
+  const leader = await lead(pages);
+  await hear(pages, "late", 0, 10);
+  // As if some of what it tells were told before the other one was there.
+  await leader.evaluate(() => {
+    const { postMessage } = BroadcastChannel.prototype;
+    BroadcastChannel.prototype.postMessage = function (news) {
+      if (!window.mute && news.messages[0]?.data % 3 !== 1) postMessage.call(this, news);
+    };
+  });
+  await hear(pages, "late", 10, 40);
+  // And as if it hung: the others poll.
+  const [other] = others(pages, leader);
+  await leader.evaluate(() => (window.mute = true));
+  await other.evaluate(() => {
+    const { now } = Date;
+    Date.now = () => now() + 60_000;
+    window.dispatchEvent(new Event("online"));
+  });
+  await hear(pages, "late", 40, 50);
+  assert.deepEqual(await ways([leader, other]), ["stream", "poll"]);
+  await leader.evaluate(() => (window.mute = false));
+  await hear(pages, "late", 50, 60);
+  await until("what is told", async () => (await ways([other]))[0] === "tab");
+});
+
+test("hidden, a page keeps its stream; offline and online again it finds what it missed", async (t) => {
+  const [page] = await tabs(t, chromium, "dark", 1);
+  await page.browserContext().newPage();
+  await until("hidden", () => page.evaluate(() => document.hidden));
+  await hear([page], "dark", 0, 10);
+  assert.deepEqual(await ways([page]), ["stream"]);
+  await page.setOfflineMode(true);
+  await until("offline", () => page.evaluate(() => !navigator.onLine));
+  await hear([page], "dark", 10, 20, () => sleep(300).then(() => page.setOfflineMode(false)));
+  await until("a stream", async () => (await page.evaluate(() => bus.connected && bus.transport)) === "stream");
+});
+
+test("where tabs cannot share, a visible page has a connection, and hidden ones poll", async (t) => {
+  const url = html("unshared", "", "strict", live).replace("127.0.0.1", INSECURE);
+  const pages = await visits(t, chromium, url, 8);
+  await Promise.all(pages.map((page) => joined(page, { interval: 100 })));
+  const one = [...Array(7).fill("poll"), "stream"].join();
+  await until("one stream", async () => (await ways(pages)).sort().join() === one);
+  await hear(pages, "unshared", 0, 10);
+  await pages[0].bringToFront();
+  await until("its stream", async () => (await ways(pages))[0] === "stream");
+  await until("no other", async () => (await ways(pages)).sort().join() === one);
+  await hear(pages, "unshared", 10, 20);
+  for (const page of pages) assert(await send(page, "x"));
+});
+
+test("tabs behind a proxy without streams share a long poll; where these are cut, each polls", async (t) => {
+  let cutting = false;
+  const treat = (pass, request) => {
+    if (cutting && request.url.includes("wait=")) return { status: 504, body: "" };
+    return pass(request.url.replace("&stream=1", ""));
+  };
+  const [, proxy, pages] = await through(t, "proxied", treat, live, 3);
+  for (const page of pages) {
+    await page.evaluate(() => {
+      window.log = { message: [], missed: [] };
+      for (const type of ["message", "missed"]) bus.addEventListener(type, ({ data }) => log[type].push(data));
+    });
+  }
+  const are = (...list) => until(`${list}`, async () => (await ways(pages)).sort().join() === list.join());
+  await until("all", async () => (await ways(pages)).every(Boolean));
+  await hear(pages, "proxied", 0, 10);
+  await are("long-poll", "tab", "tab");
+  assert(proxy.requests.filter(({ url }) => url.includes("stream=1")).length <= 2);
+  cutting = true;
+  await hear(pages, "proxied", 10, 20);
+  await are("poll", "poll", "poll");
+  await hear(pages, "proxied", 20, 30);
+});
+
+test("the page of a bus says how it hears", async (t) => {
+  const says = (page, text) => until(text, () => page.$eval("#way", (element, text) => element.textContent === text, text));
+  const [ann, bob] = await visits(t, chromium, `${live.bus("shown")}/`, 2);
+  await Promise.all([says(ann, "stream"), says(bob, "another tab's stream")]);
+  await says(await visit(t, chromium, `${site.bus("shown")}/`), "polls");
+});
 
 test("a policy that is violated would be noticed", async (t) => {
   const url = site.serve("strict/violation.html", "<!doctype html><script>alert(1)</script>");

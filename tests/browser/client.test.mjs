@@ -7,7 +7,7 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { setTimeout as sleep } from "node:timers/promises";
-import { startProxy, startSite, until } from "./servers.mjs";
+import { startFastcgiSite, startProxy, startSite, until } from "./servers.mjs";
 
 globalThis.crypto ??= webcrypto; // Node 18 has it, but not there
 
@@ -22,6 +22,9 @@ const site = await startSite(() => ({
   switched,
 }));
 after(() => site.close());
+
+const live = await startFastcgiSite(); // with event streams and long polls
+after(() => live.close());
 
 const saved = join(site.folder, "shortbus.mjs");
 writeFileSync(saved, await (await fetch(`${site.bus("chat")}/shortbus.mjs`)).text());
@@ -80,6 +83,7 @@ function hurry(t, factor) {
   return asked;
 }
 
+const NEVER = { interval: 600_000 }; // between plain polls
 const GIVE_UP = 30_000; // milliseconds until the client gives a poll up, and the longest pause
 
 test("a bus is joined, and says who and where it is", async (t) => {
@@ -336,8 +340,9 @@ test("with memcached away it says the server's reason, and goes on when it is ba
   const bus = await joined(t, url, { interval: 20, deadline: 0 });
   await site.stopMemcached();
   try {
-    await until("an error", () => bus.events.error.length);
-    const { error } = bus.events.error[0];
+    // A poll that was under way is told that memcached broke off.
+    const unreachable = ({ error }) => error.code === "memcached_unreachable";
+    const { error } = await until("an error", () => bus.events.error.find(unreachable));
     said("memcached_unreachable", 503)(error);
     assert(error.retryAfter >= 1 && !bus.connected);
     await assert.rejects(bus.send("lost"), said("memcached_unreachable", 503));
@@ -673,7 +678,9 @@ test("what waits for a join that never comes is given up after its deadline", as
 });
 
 test("what may pass is tried again", async (t) => {
-  hurry(t, 100);
+  // Not so much that a request under load would be given up.
+  hurry(t, 20);
+  t.mock.method(Math, "random", () => 0.2);
   const refusals = [];
   const [bus, proxy] = await sender(t, site.bus("statuses"), (pass) =>
     refusals.length ? refusals.shift() : pass(),
@@ -694,7 +701,7 @@ test("what does not pass is refused at once", async (t) => {
   const [bus, proxy] = await sender(t, site.bus("final"), () => reply);
   const final = [
     [400, "not_json"], [401, "http"], [403, "foreign_origin"], [403, "signature_malformed"], [404, "unknown_path"],
-    [409, "once_differs"], [413, "too_large"], [500, "bad_setting"],
+    [409, "once_differs"], [409, "once_expired"], [413, "too_large"], [500, "bad_setting"],
   ];
   for (const [status, code] of final) {
     proxy.requests.length = 0;
@@ -988,4 +995,288 @@ test("where signing is not to be had, a send says why, and the rest is heard", a
   await bob.send("heard");
   await until("the message", () => bus.heard().length);
   assert.deepEqual([bus.heard(), bus.connected], [["heard"], true]);
+});
+
+// Streams and long polls.
+
+const isStream = ({ url }) => url.includes("stream=1");
+const isLong = ({ url }) => url.includes("wait=");
+const ids = (bus) => bus.events.message.map(({ lastEventId }) => Number(lastEventId));
+
+/** A client that hears by this way, in case through a proxy. */
+async function hearing(t, way, url, options) {
+  const bus = open(t, url, options);
+  await until(`${way} in use`, () => bus.transport === way);
+  return bus;
+}
+
+/** Gives the client these replies to its streams, each a list of pieces; the last one, or all, stay open. */
+function stubStreams(t, replies, stay = false) {
+  const real = globalThis.fetch;
+  t.after(() => (globalThis.fetch = real));
+  const asked = [];
+  globalThis.fetch = async (url, init) => {
+    if (!String(url).startsWith("http://stub.test/")) return real(url, init);
+    asked.push(url);
+    if (url.endsWith("/bus")) return Response.json({ user: 1, id: 5, wait: 60, stream: true });
+    if (!isStream({ url })) return Response.json([], { headers: { "Shortbus-Last-Id": "0" } });
+    const pieces = replies.shift();
+    const body = new ReadableStream({
+      start(controller) {
+        init.signal.addEventListener("abort", () => controller.error(new Error("aborted")));
+        for (const piece of pieces ?? []) controller.enqueue(piece);
+        if (replies.length && !stay) controller.close();
+      },
+    });
+    return new Response(body, { headers: { "Content-Type": "text/event-stream; charset=utf-8" } });
+  };
+  return asked;
+}
+
+test("over plain CGI it polls", async (t) => {
+  const bus = open(t, site.bus("chat"));
+  assert.equal(bus.transport, undefined);
+  await until("a poll", () => bus.transport);
+  assert.equal(bus.transport, "poll");
+});
+
+test("an event stream is read as the standard has it, wherever it is cut", async (t) => {
+  const message = (id, data) => `{"id":${id},"user":2,"data":${JSON.stringify(data)}}`;
+  const text = [
+    "\uFEFF: a comment\r\nretry: 1000\r\n\r\n",
+    `id: 6\ndata: ${message(6, "grüß 👋\u2028")}\n\n`,
+    `id:7\rdata:{"id":7,"user":2,\rdata: "data":\rdata\rdata:[1]}\r\r`,
+    `event: other\r\ndata: ${message(8, "no")}\r\nid: 8\r\n\r\n`,
+    `data-x: 1\nid: 9\u0000\nevent\nid: 9\r\ndata: ${message(9, "last")}\r\n\r\n`,
+    `id: 10\n\nevent: missed\ndata: 1\n\nid: 3\ndata: ${message(3, "lower")}\n\n`,
+    `id: 11\ndata: ${message(11, "cut")}\n`,
+  ].join("");
+  const bytes = new TextEncoder().encode(text);
+  const cuts = numbers(0, bytes.length + 1).map((at) => [bytes.slice(0, at), bytes.slice(at)]);
+  cuts.push(Array.from(bytes, (byte) => Uint8Array.of(byte)), [bytes]);
+  const replies = cuts.map((pieces) => pieces.filter(({ length }) => length));
+  stubStreams(t, replies, true);
+  const buses = cuts.map(() => open(t, "http://stub.test/bus"));
+  await until("all", () => buses.every((bus) => bus.heard().length >= 4));
+  for (const bus of buses) {
+    assert.deepEqual(bus.heard(), ["grüß 👋\u2028", [1], "last", "lower"]);
+    assert.deepEqual([ids(bus), bus.lastId, bus.events.missed.length], [[6, 7, 9, 3], 3, 1]);
+  }
+});
+
+test("what a stream says twice, or has cut, is heard once", async (t) => {
+  const encode = (text) => new TextEncoder().encode(text);
+  const event = (id) => `id: ${id}\ndata: {"id":${id},"user":2,"data":${id}}\n\n`;
+  const asked = stubStreams(t, [
+    [encode(event(6) + event(7).slice(0, -1))],
+    [encode(event(6) + event(7) + "event: cursor\nid: 9\ndata: 9\n\n"), encode("id: 10\ndata: {no")],
+    [encode(event(8) + event(10))],
+  ]);
+  const bus = open(t, "http://stub.test/bus");
+  await until("all", () => bus.heard().length > 2);
+  assert.deepEqual(bus.heard(), [6, 7, 10]);
+  const cursors = asked.filter((url) => isStream({ url })).map((url) => Number(/id=(\d+)/.exec(url)[1]));
+  assert.deepEqual([cursors, bus.events.error], [[5, 6, 9], []]);
+});
+
+for (const name of ["talk", "signed-talk"]) {
+  test(`by a stream two clients talk at once, on the bus ${name}`, async (t) => {
+    const url = live.bus(name);
+    const [ann, bob] = await Promise.all([hearing(t, "stream", url, NEVER), hearing(t, "stream", url, NEVER)]);
+    const start = performance.now();
+    const sent = await Promise.all(numbers(0, 100).map((n) => ann.send(n)));
+    await until("all", () => bob.heard().length >= 100);
+    assert.deepEqual([bob.heard(), ids(bob), ann.heard()], [numbers(0, 100), sent, []]);
+    await bob.send("and you");
+    await until("the answer", () => ann.heard().length);
+    assert(performance.now() - start < 3_000);
+    await live.restartMemcached();
+    await ann.send("still");
+    await until("the rest", () => bob.heard().length > 100);
+    assert.deepEqual([bob.heard().at(-1), bob.events.missed.length], ["still", 1]);
+    assert.equal(ann.events.rejoin.length, name === "talk" ? 0 : 1);
+    await bob.send("me too");
+    await until("the answer", () => ann.heard().length > 1);
+    assert.deepEqual(ann.heard(), ["and you", "me too"]);
+  });
+}
+
+for (const [what, restart] of [
+  ["the process killed", async () => (await live.stopFastcgi("SIGKILL"), sleep(300), live.startFastcgi())],
+  ["the process stopped", async () => (await live.stopFastcgi(), sleep(300), live.startFastcgi())],
+  ["nginx restarted", () => live.restartApache()],
+]) {
+  for (const way of ["stream", "long-poll"]) {
+    test(`with ${what} twice under a ${way} nothing is lost, twice, or out of order`, async (t) => {
+      const url = live.bus(`restarts-${way}`);
+      const proxy = await proxied(t, url, (pass, request) => {
+        if (way === "long-poll" && isJoin(request)) return pass().then((reply) => without(reply, ',"stream":true'));
+        return isStream(request) ? pass.on() : pass();
+      });
+      const bob = await hearing(t, way, proxy.url);
+      const ann = await joined(t, url);
+      const all = [];
+      for (const round of [0, 1]) {
+        const sent = numbers(0, 30).map((n) => sleep(n * 20).then(() => ann.send(round * 30 + n)));
+        await sleep(200);
+        await restart();
+        all.push(...(await Promise.all(sent)));
+        await until("it to be as before", () => bob.connected && bob.transport === way);
+      }
+      await until("all", () => bob.heard().length >= 60);
+      assert.deepEqual([bob.heard(), ids(bob), bob.events.missed], [numbers(0, 60), all, []]);
+    });
+  }
+}
+
+const without = (reply, text) => reply && { ...reply, body: reply.body.replace(text, "") };
+
+test("with memcached away streams and sends wait, and nothing is lost", async (t) => {
+  const url = live.bus("away");
+  const [ann, bob] = await Promise.all([hearing(t, "stream", url), hearing(t, "stream", url)]);
+  await live.stopMemcached();
+  let sent;
+  try {
+    sent = numbers(0, 10).map((n) => ann.send(n));
+    await sleep(1_000);
+    assert.deepEqual([bob.connected, bob.events.error], [true, []]); // the stream stands
+  } finally {
+    await live.startMemcached();
+  }
+  await Promise.all(sent);
+  await until("all", () => bob.heard().length >= 10);
+  assert.deepEqual(bob.heard(), numbers(0, 10));
+});
+
+test("a proxy that holds streams back gets long polls, one that cuts these gets plain polls", async (t) => {
+  const url = live.bus("down");
+  let cutting = false;
+  let gone = 0;
+  const proxy = await proxied(t, url, (pass, request) => {
+    if (isStream(request)) return pass(); // not before it ends
+    return cutting && isLong(request) ? { status: 504, body: `${gone++}` } : pass();
+  });
+  hurry(t, 20);
+  const bus = await hearing(t, "long-poll", proxy.url);
+  const start = performance.now();
+  await live.publish(url, 1);
+  await until("the message", () => bus.heard().length);
+  assert(performance.now() - start < 200);
+  cutting = true;
+  await live.publish(url, 2);
+  await until("plain polls", () => bus.transport === "poll");
+  await live.publish(url, 3);
+  await until("the rest", () => bus.heard().length === 3);
+  assert.deepEqual([bus.heard(), bus.events.error, gone], [[1, 2, 3], [], 3]);
+  assert.equal(proxy.requests.filter(isStream).length, 1);
+  // After some minutes it tries again.
+  cutting = false;
+  proxy.treat = (pass, request) => (isStream(request) ? pass.on() : pass());
+  setClock(t, 6 * 60_000);
+  await until("a stream", () => bus.transport === "stream");
+  await live.publish(url, 4);
+  await until("the last", () => bus.heard().length === 4);
+});
+
+test("where streams are cut soon, again and again, it polls and loses nothing", async (t) => {
+  const url = live.bus("cut");
+  let bytes = 0;
+  const proxy = await proxied(t, url, (pass, request) => {
+    if (!isStream(request)) return pass();
+    bytes += 37;
+    let left = bytes;
+    return pass.on((piece, response) => {
+      response.write(piece.subarray(0, left));
+      left -= piece.length;
+      if (left < 0) response.destroy();
+    });
+  });
+  const bus = await joined(t, proxy.url);
+  let n = 0;
+  while (bus.transport !== "long-poll") {
+    await live.publish(url, n++);
+    await sleep(20);
+    assert(n < 500);
+  }
+  await live.publish(url, n++);
+  await until("all", () => bus.heard().length >= n);
+  assert.deepEqual([bus.heard(), bus.events.error, bus.events.missed], [numbers(0, n), [], []]);
+  assert.equal(proxy.requests.filter(isStream).length, 3);
+});
+
+test("a stream that is cut after a while is one that works", async (t) => {
+  const url = live.bus("while");
+  const streams = [];
+  const proxy = await proxied(t, url, (pass, request) => {
+    if (!isStream(request)) return pass();
+    let pieces = 0;
+    return pass.on((piece, response) => {
+      if (!pieces++) streams.push(response);
+      return piece;
+    });
+  });
+  const bus = await hearing(t, "stream", proxy.url);
+  for (const n of numbers(1, 6)) {
+    setClock(t, 20_000);
+    await live.publish(url, n);
+    await until("the message", () => bus.heard().length === n);
+    streams.at(-1).destroy();
+    await live.publish(url, -n);
+    await until("another stream", () => streams.length > n);
+    await until("the rest", () => bus.events.message.length > n);
+    assert.equal(bus.events.message.pop().data, -n);
+  }
+  assert.deepEqual([bus.heard(), bus.transport, bus.events.error], [numbers(1, 6), "stream", []]);
+  assert.equal(proxy.requests.filter(isPoll).length, streams.length);
+});
+
+test("a stream that has fallen silent is taken up again where it was", async (t) => {
+  const url = live.bus("silent");
+  const proxy = await proxied(t, url, (pass, request) => {
+    const first = proxy.requests.filter(isStream).length === 1;
+    let pieces = 0;
+    return isStream(request) ? pass.on((piece) => (first && pieces++ > 2 ? "" : piece)) : pass();
+  });
+  const bus = await hearing(t, "stream", proxy.url);
+  hurry(t, 100);
+  for (const n of numbers(0, 20)) await live.publish(url, n);
+  await until("all", () => bus.heard().length >= 20);
+  assert.deepEqual([bus.heard(), bus.events.error], [numbers(0, 20), []]);
+  assert.equal(proxy.requests.filter(isStream).length, 2);
+});
+
+test("a stream that the bus refuses is an error, what is no stream is left for polls", async (t) => {
+  const url = live.bus("refused");
+  let refused = 0;
+  const proxy = await proxied(t, url, (pass, request) => {
+    if (!isStream(request) || refused++ > 1) return isStream(request) ? pass.on() : pass();
+    return refused === 1 ? refusal(503, "memcached_unreachable", { "Retry-After": 1 }) : pass.on();
+  });
+  const bus = await hearing(t, "stream", proxy.url);
+  assert.deepEqual(bus.events.error.map(({ error }) => [error.code, error.retryAfter]), [["memcached_unreachable", 1]]);
+  assert.equal(bus.events.open.length, 2);
+  const html = { headers: { "Content-Type": "text/html" }, body: "data: {}\n\n" };
+  const other = await proxied(t, url, (pass, request) => (isStream(request) ? html : pass()));
+  const second = await hearing(t, "long-poll", other.url);
+  assert.deepEqual([second.events.error, other.requests.filter(isStream).length], [[], 1]);
+});
+
+test("a long poll that is answered at once makes no storm", async (t) => {
+  const proxy = await proxied(t, live.bus("storm"), (pass, { url }) => pass(url.replace(/&(wait|stream)=.*/, "")));
+  const bus = await hearing(t, "poll", proxy.url);
+  const { length } = proxy.requests;
+  await sleep(500);
+  assert(length < 12 && proxy.requests.length < length + 30, `${length}, ${proxy.requests.length}`);
+  await live.publish(live.bus("storm"), 1);
+  await until("the message", () => bus.heard().length);
+});
+
+test("a closed client's stream ends at once", async (t) => {
+  const proxy = await proxied(t, live.bus("end"), (pass, request) => (isStream(request) ? pass.on() : pass()));
+  const bus = await hearing(t, "stream", proxy.url);
+  bus.onmessage = () => bus.close();
+  await Promise.all([1, 2].map((n) => live.publish(live.bus("end"), n)));
+  await until("its end", () => !proxy.polling);
+  await sleep(100);
+  assert.deepEqual([bus.heard().length, bus.events.error, proxy.requests.length], [1, [], 2]);
 });

@@ -1,11 +1,12 @@
 // Real servers for the tests, as in tests/common/mod.rs: a memcached and an Apache of one's own in a temporary folder,
-// killed and removed at the end, however the tests end; and a proxy that does to requests what a test wants.
+// or an nginx with shortbus as a FastCGI server, killed and removed at the end, however the tests end; and a proxy that
+// does to requests what a test wants.
 
 import { spawn } from "node:child_process";
 import { chmodSync, closeSync, copyFileSync, existsSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { mkdirSync, mkdtempSync } from "node:fs";
+import { mkdirSync, mkdtempSync, renameSync } from "node:fs";
 import { createServer } from "node:http";
-import { connect } from "node:net";
+import { connect, createServer as createListener } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -19,6 +20,8 @@ const POLICY = "default-src 'self'"; // the strictest Content-Security-Policy th
 
 process.umask(0o022); // the web server's user has to read what is written here
 process.env.PATH += ":/usr/sbin:/sbin"; // the daemons' place, which a user's PATH leaves out
+
+const KEPT = ["content-type", "date", "retry-after", "shortbus-last-id", "shortbus-missed"]; // headers
 
 const undo = []; // last in, first out
 process.on("exit", () => undo.reverse().forEach((step) => step()));
@@ -39,8 +42,9 @@ export async function until(what, ready) {
 /** A process with its children, in a group of their own. */
 class Daemon {
   constructor(log, command, ...args) {
+    const { stdin = "ignore", env } = typeof args.at(-1) === "object" ? args.pop() : {};
     const stderr = openSync(log, "w");
-    this.process = spawn(command, args, { detached: true, stdio: ["ignore", stderr, stderr] });
+    this.process = spawn(command, args, { detached: true, stdio: [stdin, stderr, stderr], env });
     closeSync(stderr);
     this.gone = new Promise((resolve) => this.process.on("exit", resolve).on("error", resolve));
     this.gone.then((why) => (this.ended = `${command} ended: ${why}`));
@@ -190,6 +194,97 @@ class Site {
   }
 }
 
+/**
+ * An nginx as nginx-fastcgi-example.conf has it, one process for all buses, and a memcached. It has Apache's methods:
+ * what is the web server there, is nginx here. Buses of the name signed-... are signed.
+ */
+class FastcgiSite extends Site {
+  /** The bus of this name. */
+  bus(name) {
+    return `${this.origin}/cgi-bin/${encodeURIComponent(name)}`;
+  }
+
+  async startFastcgi() {
+    const socket = join(this.folder, "shortbus.sock");
+    const listener = createListener();
+    await new Promise((resolve) => listener.listen(`${socket}.new`, resolve));
+    chmodSync(`${socket}.new`, 0o777);
+    renameSync(`${socket}.new`, socket);
+    const started = { stdin: listener._handle.fd, env: { SHORTBUS_MEMCACHED: this.socket } };
+    this.fastcgi = new Daemon(join(this.folder, "fastcgi.log"), EXECUTABLE, started);
+    listener.close(); // the process has its own
+  }
+
+  /** By a signal that lets it say goodbye, or not. */
+  async stopFastcgi(signal = "SIGTERM") {
+    this.fastcgi.signal(signal);
+    await this.fastcgi.gone;
+  }
+
+  async startApache() {
+    const fixed = this.port;
+    for (let attempt = 0; attempt < 20; attempt++) {
+      this.port = fixed ?? 20_000 + Math.floor(Math.random() * 12_000);
+      this.origin = `http://127.0.0.1:${this.port}`;
+      writeFileSync(join(this.folder, "nginx.conf"), this.#config());
+      rmSync(join(this.folder, "pid"), { force: true });
+      const log = join(this.folder, "start.log");
+      this.apache = new Daemon(log, "nginx", "-e", log, "-c", join(this.folder, "nginx.conf"));
+      const pid = () => existsSync(join(this.folder, "pid")) && answers({ port: this.port, host: "127.0.0.1" });
+      await until("nginx", () => this.apache.ended ?? pid());
+      if (!this.apache.ended) return;
+      const said = readFileSync(log, "utf8");
+      if (!said.includes("bind()")) throw new Error(this.apache.ended + said);
+    }
+    throw new Error("nginx found no port");
+  }
+
+  async close() {
+    await super.close();
+    await this.stopFastcgi("SIGKILL");
+  }
+
+  #config() {
+    const root = this.folder;
+    // The repository's example as it stands, but for where things are.
+    const example = readFileSync(join(REPOSITORY, "nginx-fastcgi-example.conf"), "utf8");
+    const location = example.replace("pass unix:/run/shortbus.sock;", "pass shortbus; fastcgi_keep_conn on;");
+    const named = (name, params) =>
+      location
+        .replace("cgi-bin/chat(", `cgi-bin/(?<bus>${name})(`)
+        .replace("SHORTBUS_BUS chat;", "SHORTBUS_BUS $bus;")
+        .replace(/\}\s*$/, `${params}}\n`);
+    const paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"];
+    return `
+      ${ROOT ? "user root;" : ""}
+      daemon off;
+      pid ${root}/pid;
+      error_log ${root}/error.log;
+      worker_shutdown_timeout 1s;
+      events { worker_connections 512; }
+      http {
+        access_log off;
+        types { text/html html; text/javascript js; }
+        ${paths.map((name) => `${name}_temp_path ${root}/${name};`).join("\n")}
+        upstream shortbus { server unix:${root}/shortbus.sock; keepalive 16; }
+        server {
+          listen 127.0.0.1:${this.port};
+          root ${root}/pages;
+          location /strict/ { add_header Content-Security-Policy "${POLICY}"; }
+          ${named("signed-[^/]+", "fastcgi_param SHORTBUS_AUTH signed;\n")}
+          ${named("[^/]+", "")}
+        }
+      }`;
+  }
+}
+
+/** A site with event streams and long polls, up. */
+export async function startFastcgiSite() {
+  const site = new FastcgiSite();
+  await Promise.all([site.startMemcached(), site.startFastcgi(), site.startApache()]);
+  return site;
+}
+
 /** A site, up; `settings(site)` gives those of single buses by their names. */
 export async function startSite(settings = () => ({})) {
   const site = new Site(settings);
@@ -199,7 +294,8 @@ export async function startSite(settings = () => ({})) {
 
 /**
  * A proxy in front of a bus, at /bus. It lists the requests, and `treat(pass, request)` decides about each: gives what
- * `pass()` got from the bus, or another reply, or nothing to cut the connection.
+ * `pass()` got from the bus, or another reply, or nothing to cut the connection. `pass.on(treat)` passes the reply on as
+ * it comes, each piece through `treat(piece, response)`.
  */
 export async function startProxy(bus, treat = (pass) => pass()) {
   const proxy = { treat, requests: [], polling: 0, mostPolling: 0 };
@@ -217,12 +313,24 @@ export async function startProxy(bus, treat = (pass) => pass()) {
       const init = { method, body: asked.body || undefined };
       const reply = await fetch(bus + to.replace("/bus", ""), init).catch(() => {});
       if (!reply) return undefined;
-      const kept = ["content-type", "date", "retry-after", "shortbus-last-id", "shortbus-missed"];
-      const headers = [...reply.headers].filter(([name]) => kept.includes(name));
+      const headers = [...reply.headers].filter(([name]) => KEPT.includes(name));
       return { status: reply.status, headers: Object.fromEntries(headers), body: await reply.text() };
     };
-    const reply = await proxy.treat(pass, asked);
-    if (reply) response.writeHead(reply.status ?? 200, reply.headers).end(reply.body);
+    const gone = new AbortController();
+    response.on("close", () => gone.abort());
+    pass.on = async (treat = (piece) => piece) => {
+      const reply = await fetch(bus + url.replace("/bus", ""), { signal: gone.signal });
+      response.writeHead(reply.status, Object.fromEntries([...reply.headers].filter(([name]) => KEPT.includes(name))));
+      response.flushHeaders();
+      for await (const piece of reply.body) {
+        const treated = await treat(Buffer.from(piece), response);
+        if (treated) response.write(treated);
+      }
+      response.end();
+    };
+    const reply = await Promise.resolve(proxy.treat(pass, asked)).catch(() => {});
+    if (response.headersSent) response.end();
+    else if (reply) response.writeHead(reply.status ?? 200, reply.headers).end(reply.body);
     else response.destroy();
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
