@@ -74,6 +74,27 @@ impl Response {
         Response::new(200, "application/json", "no-store", body)
     }
 
+    /// A poll's result.
+    fn page(page: Page) -> Response {
+        let mut response = Response::json("");
+        response.fill(page);
+        response
+    }
+
+    /// A poll that waits, or a stream's head.
+    fn held(held: Held) -> Response {
+        let mut response = match held.stream {
+            true => Response::new(200, "text/event-stream", "no-store", ""),
+            false => Response::json(""),
+        };
+        if held.stream {
+            // Else nginx holds events back until they fill a buffer.
+            response.header("X-Accel-Buffering", "no");
+        }
+        response.held = Some(Box::new(held));
+        response
+    }
+
     /// Fills in a poll's result.
     pub fn fill(&mut self, page: Page) {
         self.body = page.json;
@@ -167,71 +188,30 @@ async fn route<S: Store>(
     match &method[..] {
         b"GET" | b"HEAD" => {
             let stream = wants_stream(vars, config, &query)?;
-            let resume = vars("HTTP_LAST_EVENT_ID").filter(|_| stream).and_then(|id| whole_number(&id));
-            let after =
-                resume.filter(|&id| id <= limits::MAX_ID).map_or_else(|| parameter(&query, "id"), |id| Ok(Some(id)))?;
-            match (parameter(&query, "user")?, after) {
-                (None, None) if !stream => {
-                    let mut store = open(config)?;
-                    let id = bus::join(&mut store).await?;
-                    let user = random_id();
-                    let offer = match config.wait {
-                        0 => String::new(),
-                        seconds => format!(",\"wait\":{seconds},\"stream\":true"),
-                    };
-                    let secret = match bus_key(&mut store, config, true).await? {
-                        Some(key) => {
-                            let (bus, secret) = (memcached::encode_name(&config.bus), signature::secret(&key, user));
-                            format!(",\"bus\":\"{bus}\",\"secret\":\"{secret}\"")
-                        }
-                        None => String::new(),
-                    };
-                    Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}{offer}{secret}}}")))
-                }
+            match (parameter(&query, "user")?, cursor(vars, &query, stream)?) {
+                (None, None) if !stream => join(&mut open(config)?, config).await,
                 (_, None) => Err(Error::Parameter("id", "is missing")),
                 (user, Some(after)) => {
-                    let wait = match config.wait {
-                        0 => 0,
-                        longest => parameter(&query, "wait")?.unwrap_or_default().min(longest.into()) as u32,
-                    };
+                    let wait = if config.wait > 0 { parameter(&query, "wait")?.unwrap_or_default() } else { 0 };
                     let page = bus::poll(&mut open(config)?, after, user).await?;
-                    let hold = |stream, seconds, page| Held { config: config.clone(), user, page, stream, seconds };
-                    if stream && method != b"HEAD" {
-                        let mut response = Response::new(200, "text/event-stream", "no-store", "");
-                        // Else nginx holds events back until they fill a buffer.
-                        response.header("X-Accel-Buffering", "no");
-                        response.held = Some(Box::new(hold(true, config.wait, page)));
-                        return Ok(response);
-                    }
-                    let mut response = Response::json("");
-                    if wait > 0 && page.is_empty() && method != b"HEAD" {
-                        response.held = Some(Box::new(hold(false, wait, page)));
-                    } else {
-                        response.fill(page);
-                    }
-                    Ok(response)
+                    let held = match () {
+                        () if method == b"HEAD" => None,
+                        () if stream => Some(config.wait),
+                        () if page.is_empty() && wait > 0 => Some(wait.min(config.wait.into()) as u32),
+                        () => None,
+                    };
+                    Ok(match held {
+                        Some(seconds) => Response::held(Held { config: config.clone(), user, page, stream, seconds }),
+                        None => Response::page(page),
+                    })
                 }
             }
         }
         b"POST" => {
             check_origin(vars, config)?;
             let user = parameter(&query, "user")?.ok_or(Error::Parameter("user", "is missing"))?;
-            let once = once(&query)?;
             let body = body?;
-            let data = message::check(&body)?;
-            let signed = match config.auth {
-                Auth::Open => None,
-                Auth::Signed(_) => Some(Signed::read(&query, user, once.as_deref(), &body)?),
-            };
-            let mut store = open(config)?;
-            if let Some(signed) = signed {
-                let key = bus_key(&mut store, config, false).await?;
-                signed.check(key.as_deref(), &config.bus, store.unix_micros() / 1_000, config.clock_window())?;
-            }
-            let name = once.map(|once| format!("{user}:{once}"));
-            let once = name.as_ref().map(|name| Once { name, token: random_id(), ttl: config.once_ttl() });
-            let id = bus::publish(&mut store, user, data, config.ttl, once).await?;
-            Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}}}")))
+            publish(config, &query, user, &body, open).await
         }
         b"OPTIONS" => {
             check_origin(vars, config)?;
@@ -241,6 +221,43 @@ async fn route<S: Store>(
         }
         other => Err(Error::Method(String::from_utf8_lossy(other).into_owned(), METHODS)),
     }
+}
+
+async fn join(store: &mut impl Store, config: &Config) -> Result<Response, Error> {
+    let (id, user) = (bus::join(store).await?, random_id());
+    let mut json = format!("{{\"user\":{user},\"id\":{id}");
+    if config.wait > 0 {
+        json.push_str(&format!(",\"wait\":{},\"stream\":true", config.wait));
+    }
+    if let Some(key) = bus_key(store, config, true).await? {
+        let (bus, secret) = (memcached::encode_name(&config.bus), signature::secret(&key, user));
+        json.push_str(&format!(",\"bus\":\"{bus}\",\"secret\":\"{secret}\""));
+    }
+    Ok(Response::json(json + "}"))
+}
+
+async fn publish<S: Store>(
+    config: &Config,
+    query: &[u8],
+    user: u64,
+    body: &[u8],
+    open: impl FnOnce(&Config) -> Result<S, StoreError>,
+) -> Result<Response, Error> {
+    let once = once(query)?;
+    let data = message::check(body)?;
+    let signed = match config.auth {
+        Auth::Open => None,
+        Auth::Signed(_) => Some(Signed::read(query, user, once.as_deref(), body)?),
+    };
+    let mut store = open(config)?;
+    if let Some(signed) = signed {
+        let key = bus_key(&mut store, config, false).await?;
+        signed.check(key.as_deref(), &config.bus, store.unix_micros() / 1_000, config.clock_window())?;
+    }
+    let name = once.map(|once| format!("{user}:{once}"));
+    let once = name.as_ref().map(|name| Once { name, token: random_id(), ttl: config.once_ttl() });
+    let id = bus::publish(&mut store, user, data, config.ttl, once).await?;
+    Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}}}")))
 }
 
 /// A file of our own, or 304 where the browser has it already. Kept, but asked for each time: `no-cache`.
@@ -296,6 +313,13 @@ fn wants_stream(vars: Vars, config: &Config, query: &[u8]) -> Result<bool, Error
     let accept = vars("HTTP_ACCEPT").unwrap_or_default().to_ascii_lowercase();
     let named = accept.split(|&byte| byte == b',').any(|range| range.trim_ascii().starts_with(b"text/event-stream"));
     Ok(named || parameter(query, "stream")? == Some(1))
+}
+
+/// Where a poll starts: `id`, but for a stream that is taken up again, what its browser has heard last (WHATWG HTML
+/// section 9.2.4).
+fn cursor(vars: Vars, query: &[u8], stream: bool) -> Result<Option<u64>, Error> {
+    let heard = vars("HTTP_LAST_EVENT_ID").filter(|_| stream).and_then(|id| whole_number(&id));
+    heard.filter(|&id| id <= limits::MAX_ID).map_or_else(|| parameter(query, "id"), |id| Ok(Some(id)))
 }
 
 /// A query parameter by the WHATWG's rules (`application/x-www-form-urlencoded`), if it is there.

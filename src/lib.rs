@@ -1,4 +1,4 @@
-//! shortbus: a broadcasting message bus for browser pages, in one CGI executable.
+//! shortbus: a broadcasting message bus for browser pages, in one executable, for CGI and FastCGI.
 //!
 //! A web server starts the executable for each request, or once, as a FastCGI server that stays. Follow a request
 //! through the house:

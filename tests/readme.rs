@@ -37,6 +37,19 @@ fn its_curl_lines_work_as_written() {
 }
 
 #[test]
+fn its_stream_is_heard_by_curl_as_written() {
+    let site = Site::start(Front::ApacheProxyFcgi);
+    let id = site.post("chat?user=1", "\"hello\"").json()["id"].clone();
+    let line = block("as browsers send it by themselves:").replace("curl", "curl -sS --max-time 3");
+    let script = format!("B={}cgi-bin/chat\n{line}", site.url());
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let event = format!("id: {id}\ndata: {{\"id\":{id},\"user\":1,\"data\":\"hello\"}}\n\n");
+    // It would go on for as long as it is let.
+    assert!(printed.contains(&event) && output.status.code() == Some(28), "{printed} {:?}", output.status);
+}
+
+#[test]
 fn its_signature_by_openssl_is_right_as_written() {
     let site = Site::with(Front::ApacheCgid, &[("", &[("SHORTBUS_AUTH", "signed")])]);
     site.copy("chat");
