@@ -5,6 +5,7 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod measure;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use base64ct::{Base64UrlUnpadded, Encoding};
 use common::{Folder, Front, Memcached, Site, Stream, executable};
 use hmac::{Hmac, KeyInit, Mac};
+use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;
 use shortbus::cgi::block_on;
 use shortbus::store::Store;
@@ -55,22 +57,13 @@ connections that are kept, memcached over TCP, ratio to fixed in the same server
 each of them in a loop; tries by memcached's count of sets (a lone publish is one try), *refused* with a 503.";
 
 fn main() {
-    let mut table = Table("| | | |\n|---|---|---|\n".into());
+    let mut table = Table::new();
     let (tcp, unix) = (Memcached::start_tcp(), Memcached::start(&[]));
     one_process(&mut table, &tcp, &unix);
     crowds(&mut table, &tcp);
     web_servers(&mut table);
     table.row("Machine", machine(), "");
     println!("{}\n{LEGEND}", table.0);
-}
-
-struct Table(String);
-
-impl Table {
-    fn row(&mut self, what: &str, value: impl std::fmt::Display, compared: impl std::fmt::Display) {
-        eprintln!("{what}: {value}; {compared}");
-        self.0 += &format!("| {what} | {value} | {compared} |\n");
-    }
 }
 
 /// Several copies of one file, to be run in turns. The same file costs a tenth more or less by luck: by how the kernel
@@ -226,47 +219,6 @@ impl<'a> Job<'a> {
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("still there");
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
-}
-
-/// Measures each of the jobs, by their numbers, in turns.
-fn interleave(jobs: usize, rounds: usize, mut measure: impl FnMut(usize) -> f64) -> Vec<Vec<f64>> {
-    let mut samples = vec![Vec::new(); jobs];
-    let mut order: Vec<usize> = (0..jobs).collect();
-    let mut seed = 1_u64;
-    for _ in 0..rounds {
-        for n in 1..jobs {
-            // Knuth's MMIX generator.
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            order.swap(n, (seed >> 33) as usize % (n + 1));
-        }
-        for &job in &order {
-            samples[job].push(measure(job));
-        }
-    }
-    samples.iter_mut().for_each(|samples| samples.sort_by(f64::total_cmp));
-    samples
-}
-
-/// Of sorted samples.
-fn quantile(samples: &[f64], part: f64) -> f64 {
-    samples[((samples.len() - 1) as f64 * part).round() as usize]
-}
-
-fn median(samples: &[f64]) -> f64 {
-    quantile(samples, 0.5)
-}
-
-fn spread(samples: &[f64], digits: usize, unit: &str) -> String {
-    let [low, middle, high] = [0.25, 0.5, 0.75].map(|part| quantile(samples, part));
-    format!("{middle:.digits$} {unit} ({low:.digits$}–{high:.digits$})")
-}
-
-/// One of the programs to compare with, which `make bench` builds.
-fn baseline(name: &str) -> PathBuf {
-    let own = std::env::current_exe().unwrap();
-    let path = own.ancestors().nth(2).unwrap().join("examples").join(name);
-    assert!(path.exists(), "{} is missing: run make bench", path.display());
-    path
 }
 
 /// Makes a bus with so many messages, by the library: the newest id.
@@ -494,25 +446,4 @@ fn exchange(connection: &mut Option<Connection>, site: &Site, request: &str) -> 
         *connection = None;
     }
     String::from_utf8(body).unwrap()
-}
-
-/// What it ran on, in one line.
-fn machine() -> String {
-    let first_line = |program: &str, argument: &str| {
-        let output = Command::new(program).arg(argument).output().unwrap();
-        let text = [output.stdout, output.stderr].concat();
-        let line = String::from_utf8_lossy(&text).lines().next().unwrap_or_default().to_owned();
-        line.rsplit(": ").next().unwrap_or_default().to_owned()
-    };
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap();
-    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or(" unknown");
-    format!(
-        "{} cores ({}), Linux {}, {}, {}, {}",
-        thread::available_parallelism().unwrap(),
-        model.trim_start_matches(['\t', ' ', ':']),
-        first_line("uname", "-r"),
-        first_line("memcached", "-V"),
-        first_line("/usr/sbin/apache2", "-v"),
-        first_line("/usr/sbin/nginx", "-v"),
-    )
 }
