@@ -234,7 +234,7 @@ pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Re
     batch.extend((1..=store.ahead()).map(|n| Op::Get(after + n)));
     let mut replies = store.run(&batch).await?.into_iter();
     let page = Page { json: vec![b'['], last_id: after, missed: false };
-    let mut reader = Reader { page, except, count: 0, scanned: 0, full: false };
+    let mut reader = Reader { page, except, count: 0, live: (0, 0), scanned: 0, full: false };
     let last = match replies.next() {
         Some(Reply::Counter(counter)) => counter.value,
         _ => after,
@@ -340,6 +340,8 @@ struct Reader {
     except: Option<u64>,
     /// Messages in the page.
     count: usize,
+    /// Messages looked through, its user's own included, and their bytes.
+    live: (usize, usize),
     /// Bytes looked through.
     scanned: usize,
     /// A limit was reached.
@@ -375,6 +377,7 @@ impl Reader {
     /// Appends one message, unless it is the user's own or, as `full` then says, has to wait for the next reply.
     fn message(&mut self, id: u64, user: u64, data: &[u8]) {
         self.scanned += data.len();
+        self.live = (self.live.0 + 1, self.live.1 + data.len());
         if self.except == Some(user) {
             return;
         }
@@ -398,8 +401,10 @@ impl Reader {
     /// How many slots to fetch next: as many as fit the reply, were they like those so far.
     fn batch(&self) -> u64 {
         let room = limits::REPLY_BYTES.saturating_sub(self.page.json.len());
-        let size = self.page.json.len() / self.count.max(1) + 1;
-        ((room / size) as u64).clamp(limits::WINDOW, limits::BATCH)
+        match self.live {
+            (0, _) => limits::WINDOW,
+            (messages, bytes) => ((room / (bytes / messages + 1)) as u64).clamp(limits::WINDOW, limits::BATCH),
+        }
     }
 }
 

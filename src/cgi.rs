@@ -84,10 +84,14 @@ fn hold(mut response: Response, nph: bool) {
         }
         if held.stream {
             at = event_stream::page(&mut text, &page, at);
+            if page.missed {
+                at = page.last_id;
+                event_stream::cursor(&mut text, at);
+            }
         }
         if held.stream && heartbeat.elapsed() >= limits::HEARTBEAT {
             text.extend_from_slice(event_stream::HEARTBEAT);
-            if at < page.last_id {
+            if at != page.last_id {
                 at = page.last_id;
                 event_stream::cursor(&mut text, at);
             }

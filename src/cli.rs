@@ -8,7 +8,7 @@ use crate::config::{Auth, Config};
 use crate::memcached::Memcached;
 
 const HELP: &str = "\
-shortbus: a broadcasting message bus for browser pages, in one CGI executable.
+shortbus: a broadcasting message bus for browser pages, in one executable, for CGI and FastCGI.
 
 Copy this file into a web server's cgi-bin, and the copy's name is a bus:
   cp cgi-bin/shortbus /usr/lib/cgi-bin/chat
@@ -16,6 +16,9 @@ Copy this file into a web server's cgi-bin, and the copy's name is a bus:
   GET  /cgi-bin/chat                join: {\"user\":U,\"id\":N}
   GET  /cgi-bin/chat?user=U&id=N    poll: the messages after N that U did not send
   POST /cgi-bin/chat?user=U         publish the JSON value in the body, with &once=K at most once for each K
+
+Started with a listening socket as fd 0 (spawn-fcgi, systemd), it stays and serves FastCGI; polls may then wait, &wait=60,
+or stream, &stream=1. README tells more, also of signed buses.
 
 By hand:
   --check      show the settings, reach memcached, write and read a test message

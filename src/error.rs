@@ -140,6 +140,8 @@ impl fmt::Display for Error {
             Error::Parameter(name, wrong) => {
                 let right = match *name {
                     "once" => "1 to 64 characters of A-Z a-z 0-9 - _",
+                    "wait" => "a whole number of seconds",
+                    "stream" => "0 or 1",
                     _ => "a whole number from 0 to 2^53-1",
                 };
                 write!(f, "The query parameter '{name}' {wrong}; give it one time, as {right}.")

@@ -14,7 +14,7 @@ use crate::hub::{Hubs, Waiter};
 use crate::limits;
 use crate::memcached::home;
 
-/// Holds a poll until there is something new, or streams for as long as the client stays; until `stopping` at most.
+/// Holds a poll until there is something new, or streams for as long as the client stays; until `ends` at most.
 ///
 /// # Errors
 /// The connection's: it is to be closed.
@@ -23,7 +23,7 @@ pub async fn hold(
     mut response: Response,
     connection: &mut Connection,
     hubs: &Rc<Hubs>,
-    stopping: &Cell<bool>,
+    ends: &Cell<bool>,
 ) -> io::Result<()> {
     let head = response.to_cgi(false, false);
     let Some(held) = response.held.take() else {
@@ -32,12 +32,12 @@ pub async fn hold(
     let server = home(&held.config.memcached, &held.config.bus);
     let waiter = hubs.wait(server, &held.config.bus, held.page.last_id, held.user);
     if held.stream {
-        return stream(id, head, held, waiter, connection, stopping).await;
+        return stream(id, head, held, waiter, connection, ends).await;
     }
     drop(head);
     let deadline = Instant::now() + Duration::from_secs(held.seconds.into());
     drop(held);
-    wait(id, response, deadline, waiter, connection, stopping).await
+    wait(id, response, deadline, waiter, connection, ends).await
 }
 
 async fn wait(
@@ -46,7 +46,7 @@ async fn wait(
     deadline: Instant,
     mut waiter: Waiter,
     connection: &mut Connection,
-    stopping: &Cell<bool>,
+    ends: &Cell<bool>,
 ) -> io::Result<()> {
     let page = loop {
         let look_again = match Box::pin(waiter.poll()).await {
@@ -54,14 +54,15 @@ async fn wait(
             Ok(_) => deadline,
             Err(_) => deadline.min(Instant::now() + limits::WATCH_RETRY),
         };
-        if stopping.get() || Instant::now() >= deadline {
+        if ends.get() || Instant::now() >= deadline {
             break Page { json: b"[]".to_vec(), last_id: waiter.after(), missed: false };
         }
-        connection.idle(&mut waiter, look_again).await?;
+        // It may have come with the request itself.
         if connection.parser.is_aborted() {
             fastcgi::end(&mut connection.out, id);
             return Ok(());
         }
+        connection.idle(&mut waiter, look_again).await?;
     };
     response.fill(page);
     fastcgi::reply(&mut connection.out, id, &response.to_cgi(false, false), b"");
@@ -74,7 +75,7 @@ async fn stream(
     held: Box<Held>,
     mut waiter: Waiter,
     connection: &mut Connection,
-    stopping: &Cell<bool>,
+    ends: &Cell<bool>,
 ) -> io::Result<()> {
     let mut text = head;
     event_stream::begin(&mut text);
@@ -94,19 +95,24 @@ async fn stream(
         let look_again = match Box::pin(waiter.poll()).await {
             Ok(Some(page)) => {
                 at = event_stream::page(&mut text, &page, at);
+                if page.missed {
+                    // Now: what was missed may be all there was.
+                    at = page.last_id;
+                    event_stream::cursor(&mut text, at);
+                }
                 continue;
             }
             Ok(None) => heartbeat,
             Err(_) => heartbeat.min(Instant::now() + limits::WATCH_RETRY),
         };
-        if stopping.get() || connection.parser.is_aborted() {
+        if ends.get() || connection.parser.is_aborted() {
             fastcgi::end(&mut connection.out, id);
             return Ok(());
         }
         connection.idle(&mut waiter, look_again).await?;
         if Instant::now() >= heartbeat {
             text.extend_from_slice(event_stream::HEARTBEAT);
-            if at < waiter.after() {
+            if at != waiter.after() {
                 at = waiter.after();
                 event_stream::cursor(&mut text, at);
             }

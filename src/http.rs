@@ -342,7 +342,7 @@ fn parameter(query: &[u8], name: &'static str) -> Result<Option<u64>, Error> {
     };
     match whole_number(value.as_bytes()) {
         Some(id) if id <= limits::MAX_ID => Ok(Some(id)),
-        _ => Err(Error::Parameter(name, "is not an id")),
+        _ => Err(Error::Parameter(name, "is not such a number")),
     }
 }
 

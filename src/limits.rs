@@ -123,6 +123,9 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Apache wait themselves.
 pub const PEER_DEADLINE: Duration = Duration::from_secs(60);
 
+/// The same where it is one connection too many.
+pub const BEYOND_DEADLINE: Duration = Duration::from_secs(1);
+
 /// How long a process that was told to end finishes what it is answering: no reply takes longer than
 /// [`STORE_DEADLINE`], and a web server that does not read it is not waited for.
 pub const GRACE: Duration = Duration::from_secs(4);

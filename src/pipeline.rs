@@ -174,8 +174,13 @@ impl Pipeline {
             // On another, tokens that were read on this one say nothing: memcached may have restarted.
             return Err(at(server, Error::Io(io::ErrorKind::ConnectionReset.into())));
         }
+        let before = state.out.len();
         for op in batch {
-            command(prefix, op).encode_into(&mut state.out).map_err(|error| at(server, error))?;
+            if let Err(error) = command(prefix, op).encode_into(&mut state.out) {
+                // Half a batch would give all who come later others' replies.
+                state.out.truncate(before);
+                return Err(at(server, error));
+            }
         }
         let (sender, receiver) = oneshot::channel();
         let result = Ok(Vec::with_capacity(batch.len()));

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
-use tokio::task::spawn_local;
+use tokio::task::{spawn_local, yield_now};
 use tokio::time::{sleep, timeout};
 
 use crate::cgi::variable;
@@ -71,6 +71,7 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
         open: Cell::new(0),
         answering: Cell::new(0),
         fewer: Notify::new(),
+        room: Notify::new(),
         stopping: Cell::new(false),
     };
     runtime.block_on(Rc::new(server).run(listener))
@@ -107,6 +108,8 @@ struct Server {
     turns: Rc<Turns>,
     /// Told when either has gone down.
     fewer: Notify,
+    /// Told when a connection that does nothing is to make room for another.
+    room: Notify,
     /// No further request is taken.
     stopping: Cell<bool>,
 }
@@ -131,6 +134,8 @@ impl Server {
         drop(listener);
         self.stopping.set(true);
         self.hubs.wake();
+        // What has arrived, but was not looked at yet, is answered still.
+        sleep(limits::ACCEPT_PAUSE).await;
         let _ = timeout(limits::GRACE, async {
             while self.answering.get() > 0 {
                 self.fewer.notified().await;
@@ -161,7 +166,17 @@ impl Server {
                 }),
             };
             match stream {
-                Ok(stream) => drop(spawn_local(self.clone().converse(stream))),
+                Ok(stream) => {
+                    // Counted here: its task may run only after many more were accepted.
+                    let open = Counted::new(self.clone(), |server| &server.open);
+                    let beyond = self.open.get() > self.connections;
+                    if beyond {
+                        self.room.notify_one();
+                    }
+                    drop(spawn_local(self.clone().converse(stream, open, beyond)));
+                    // Else a long queue lets nobody else run.
+                    yield_now().await;
+                }
                 // No file descriptors, no memory: some will be free again. The rest wait in the queue.
                 Err(_) => sleep(limits::ACCEPT_PAUSE).await,
             }
@@ -172,17 +187,17 @@ impl Server {
     }
 
     /// One connection. Whatever is wrong with it is nobody else's business.
-    async fn converse(self: Rc<Server>, stream: TcpStream) {
-        let _open = Counted::new(self.clone(), |server| &server.open);
-        let crowded = self.open.get() > self.connections;
+    async fn converse(self: Rc<Server>, stream: TcpStream, _open: Counted, beyond: bool) {
         let body_limit = |parameters: &Parameters| self.config(parameters).map_or(0, |config| config.max_bytes);
         let mut connection = Connection::new(stream);
-        let mut answering = None;
+        let (mut answering, mut kept) = (None, false);
         loop {
-            // Between requests the web server may take its time; a request that has begun has to go on.
-            let read = match connection.parser.is_busy() {
-                false => connection.read(&body_limit).await,
-                true => within(limits::PEER_DEADLINE, connection.read(&body_limit)).await,
+            // Between requests the web server may take its time, unless its place is wanted; a request that has begun
+            // has to go on, and the first one to come.
+            let read = match (beyond, connection.parser.is_busy() || !kept) {
+                (false, false) => unless(self.room.notified(), connection.read(&body_limit)).await,
+                (false, true) => within(limits::PEER_DEADLINE, connection.read(&body_limit)).await,
+                (true, _) => within(limits::BEYOND_DEADLINE, connection.read(&body_limit)).await,
             };
             if read.is_err() {
                 return;
@@ -193,7 +208,9 @@ impl Server {
             let mut closing = false;
             if let Some(request) = connection.parser.take_request() {
                 let id = request.id;
-                closing = !request.keep || crowded;
+                // One without a request may have made room meanwhile.
+                let crowded = beyond && self.open.get() > self.connections;
+                closing = !request.keep || beyond;
                 // In boxes: what they need is given back while the connection waits for the next request.
                 let head = request.parameters.get("REQUEST_METHOD") == Some(b"HEAD");
                 let response = Box::pin(self.answer(request, crowded)).await;
@@ -201,12 +218,17 @@ impl Server {
                     let log = response.log.as_deref().unwrap_or_default();
                     fastcgi::reply(&mut connection.out, id, &response.to_cgi(head, false), log.as_bytes());
                 } else {
+                    // Who waits has to leave room for those who do not: where there is none, nobody waits for long.
+                    let full = Cell::new(true);
+                    let is_full = self.held.get() + (self.connections / 8).max(1) >= self.connections;
+                    let ends = if is_full { &full } else { &self.stopping };
                     let _held = Counted::new(self.clone(), |server| &server.held);
-                    if Box::pin(hold(id, response, &mut connection, &self.hubs, &self.stopping)).await.is_err() {
+                    if Box::pin(hold(id, response, &mut connection, &self.hubs, ends)).await.is_err() {
                         return;
                     }
                 }
                 connection.parser.answered();
+                kept = true;
             }
             closing |= connection.parser.is_closing();
             if connection.flush().await.is_err() || closing {
@@ -251,13 +273,18 @@ impl Server {
     /// The settings of one request: of its parameters, else of the environment that this process was started with.
     fn config(&self, parameters: &Parameters) -> Result<Config, Error> {
         let vars = |name: &str| parameters.get(name).map(<[u8]>::to_vec).or_else(|| variable(name));
-        let mut config = Config::read(&vars, &self.argv0, limits::WAIT_MAX)?;
-        // To wait costs next to nothing here. But who waits must leave room for those who do not.
-        if self.held.get() >= self.connections - self.connections / 8 {
-            config.wait = 0;
-        }
-        Ok(config)
+        Config::read(&vars, &self.argv0, limits::WAIT_MAX)
     }
+}
+
+/// Reads, but for when `end` comes first.
+async fn unless(end: impl Future<Output = ()>, read: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+    let (mut end, mut read) = (std::pin::pin!(end), std::pin::pin!(read));
+    poll_fn(|context| match read.as_mut().poll(context) {
+        Poll::Pending => end.as_mut().poll(context).map(|()| Err(io::ErrorKind::ConnectionAborted.into())),
+        ready => ready,
+    })
+    .await
 }
 
 /// One of those that are counted, until it is dropped.

@@ -31,7 +31,7 @@ pub struct News {
     slots: Vec<Reply>,
 }
 
-/// Looks what is new behind `window`. One round trip where nothing is, else two.
+/// Looks what is new behind `window`. One round trip where nothing is, two where little is.
 ///
 /// # Errors
 /// As [`Store::run`].
@@ -41,12 +41,18 @@ pub async fn look(store: &mut impl Store, window: &RefCell<Window>) -> Result<Ne
         Some(Reply::Counter(counter)) => Some(counter.value),
         _ => None,
     };
-    let slots = match (known, last) {
-        (Some(known), Some(last)) if known < last && last - known <= limits::BATCH => {
-            store.run(&(known + 1..=last).map(Op::Get).collect::<Vec<_>>()).await?
+    let mut slots = vec![];
+    if let (Some(known), Some(last)) = (known, last) {
+        // Backwards, as many as a window holds.
+        let (mut from, mut bytes) = (last + 1, 0);
+        while from > known + 1 && bytes <= limits::SHARED_BYTES && (slots.len() as u64) < limits::BATCH {
+            let to = from;
+            from = from.saturating_sub(limits::WINDOW).max(known + 1);
+            let part = store.run(&(from..to).map(Op::Get).collect::<Vec<_>>()).await?;
+            bytes += part.iter().map(size).sum::<usize>();
+            slots.splice(..0, part);
         }
-        _ => vec![],
-    };
+    }
     Ok(News { last, slots })
 }
 

@@ -136,6 +136,11 @@ impl Daemon {
     pub fn signal(&self, signal: &str) {
         let group = format!("-{}", self.child.id());
         let _ = Command::new("kill").args(["-s", signal, "--", &group]).stderr(Stdio::null()).status();
+        if signal == "STOP" {
+            // A thread of it that runs just then goes on for a moment.
+            let stat = || fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+            wait_for("it to stop", || stat().rsplit(") ").next().unwrap().starts_with('T'));
+        }
     }
 
     /// Stops it and waits until it has gone.
