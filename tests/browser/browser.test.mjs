@@ -599,8 +599,8 @@ const lead = async (pages) => pages[(await ways(pages)).indexOf("stream")];
 const others = (pages, leader) => pages.filter((page) => page !== leader);
 
 /** So many tabs with a client each, all of which hear. */
-async function tabs(t, browser, bus, number) {
-  const pages = await visits(t, browser, html(bus, "", "strict", live), number);
+async function tabs(t, browser, bus, number, at = live) {
+  const pages = await visits(t, browser, html(bus, "", "strict", at), number);
   await Promise.all(pages.map((page) => joined(page, { interval: 200 })));
   await until("one stream for all", async () => (await ways(pages)).sort().join() === shared(number));
   return pages;
@@ -609,10 +609,10 @@ async function tabs(t, browser, bus, number) {
 const shared = (number) => ["stream", ...Array(number - 1).fill("tab")].join();
 
 /** Publishes numbers, and sees that all of these pages hear all of them, once, in order. */
-async function hear(pages, bus, from, to, meanwhile = () => {}) {
+async function hear(pages, bus, from, to, meanwhile = () => {}, at = live) {
   const sent = (async () => {
     for (const n of numbers(from, to)) {
-      const publish = () => live.publish(live.bus(bus), n, `1&once=the-number-${n}`).catch(() => {});
+      const publish = () => at.publish(at.bus(bus), n, `1&once=the-number-${n}`).catch(() => {});
       await until("a publish", publish);
     }
   })();
@@ -692,6 +692,36 @@ test("tabs that share a stream lose nothing while servers are killed and restart
     assert.deepEqual([await log(page), await count(page, "missed")], [[...numbers(0, 120), "new"], 1]);
   }
   await until("one stream for all", async () => (await ways(pages)).sort().join() === shared(4));
+});
+
+test("by Apache's mod_proxy_fcgi tabs share a stream, and lose nothing while servers are killed", async (t) => {
+  const apache = await startFastcgiSite("Apache");
+  t.after(() => apache.close());
+  const bus = "proxy-fcgi";
+  const pages = await tabs(t, chromium, bus, 3, apache);
+  const ended = async () => {
+    const requests = () => performance.getEntriesByType("resource").length; // but those under way
+    return (await Promise.all(pages.map((page) => page.evaluate(requests)))).join();
+  };
+  let next = 0;
+  const heard = (number, meanwhile) => hear(pages, bus, next, (next += number), meanwhile, apache);
+  const streams = () =>
+    until("a stream by which all hear, and no other way", async () => {
+      const before = await ended();
+      await heard(10);
+      return (await ended()) === before && (await ways(pages)).sort().join() === shared(3);
+    });
+  await streams();
+  await heard(60, async () => {
+    await apache.stopFastcgi("SIGKILL");
+    await sleep(300);
+    await apache.startFastcgi();
+  });
+  await streams();
+  await heard(60, () => apache.restartApache());
+  await streams();
+  const errors = await Promise.all(pages.map((page) => log(page, "error")));
+  assert.deepEqual(errors.flat().filter((code) => !["network", "http"].includes(code)), []);
 });
 
 test("a tab that was not told everything finds the rest", async (t) => {

@@ -165,17 +165,27 @@ class Site {
     return Promise.all([this.stopApache(), this.stopMemcached()]);
   }
 
+  /** The modules of Apache that the bus needs, and its configuration. */
+  front() {
+    const shortbus = `
+      ScriptSock ${this.folder}/cgid
+      Define SHORTBUS_CGI_BIN ${this.folder}/cgi-bin
+      Include ${REPOSITORY}apache-example.conf
+      SetEnv SHORTBUS_MEMCACHED ${this.socket}`;
+    return [["cgid", "alias"], shortbus];
+  }
+
   #config() {
     const set = (list) => Object.entries(list).map(([name, value]) => `SetEnv ${name} "${value}"\n`);
     const load = (name) => `LoadModule ${name}_module /usr/lib/apache2/modules/mod_${name}.so\n`;
-    const modules = ["mpm_event", "cgid", "alias", "env", "authz_core", "authz_host", "headers", "mime"];
+    const [own, shortbus] = this.front();
+    const modules = ["mpm_event", "env", "authz_core", "authz_host", "headers", "mime", ...own];
     const buses = Object.entries(this.settings(this));
     return `${modules.map(load).join("")}
       ServerRoot ${this.folder}
       ServerName localhost
       Listen 127.0.0.1:${this.port}
       PidFile ${this.folder}/pid
-      ScriptSock ${this.folder}/cgid
       ErrorLog ${this.folder}/error.log
       DefaultRuntimeDir ${this.folder}
       ${ROOT ? "User nobody\nGroup nogroup" : ""}
@@ -186,9 +196,7 @@ class Site {
       <Location /strict/>
         Header set Content-Security-Policy "${POLICY}"
       </Location>
-      Define SHORTBUS_CGI_BIN ${this.folder}/cgi-bin
-      Include ${REPOSITORY}apache-example.conf
-      SetEnv SHORTBUS_MEMCACHED ${this.socket}
+      ${shortbus}
       ${buses.map(([bus, list]) => `<Location /cgi-bin/${bus}>\n${set(list).join("")}</Location>\n`).join("")}
     `;
   }
@@ -278,9 +286,32 @@ class FastcgiSite extends Site {
   }
 }
 
+/** The same with Apache's mod_proxy_fcgi, as apache-fastcgi-example.conf has it. */
+class ProxyFcgiSite extends FastcgiSite {
+  startApache() {
+    return Site.prototype.startApache.call(this);
+  }
+
+  /** At once: where streams are held, a child of Apache's takes seconds to end. */
+  async stopApache() {
+    this.apache.signal("SIGKILL");
+    await this.apache.gone;
+  }
+
+  front() {
+    const example = readFileSync(join(REPOSITORY, "apache-fastcgi-example.conf"), "utf8");
+    const named = 'SetEnvIfExpr "%{REQUEST_URI} =~ m!^/cgi-bin/([^/]+)!" SHORTBUS_BUS=$1';
+    const all = example
+      .replace("^/cgi-bin/chat(", "^/cgi-bin/[^/]+(")
+      .replace("SetEnv SHORTBUS_BUS chat", () => named);
+    const places = `Define SHORTBUS_SOCKET ${join(this.folder, "shortbus.sock")}`;
+    return [["proxy", "proxy_fcgi", "setenvif"], `${places}\n${all}`];
+  }
+}
+
 /** A site with event streams and long polls, up. */
-export async function startFastcgiSite() {
-  const site = new FastcgiSite();
+export async function startFastcgiSite(server = "nginx") {
+  const site = server === "nginx" ? new FastcgiSite() : new ProxyFcgiSite(() => ({}));
   await Promise.all([site.startMemcached(), site.startFastcgi(), site.startApache()]);
   return site;
 }
