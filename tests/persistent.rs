@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -159,6 +160,11 @@ fn an_aborted_request_ends_and_its_connection_goes_on() {
         while client.record().unwrap().0 != 3 {}
         assert_eq!(client.ask("GET", "id=0", &[], b"").answer().reply.status, 200);
     }
+    // Also where it comes with its request, and nothing else wakes that.
+    let mut other = bus.connect();
+    other.ask("GET", &format!("id={id}&stream=1"), &[], b"").until("event: cursor");
+    client.send([request("GET", &format!("id={id}&wait=60"), &[], b""), record(2, 1, b"")].concat());
+    while client.record().unwrap().0 != 3 {}
 }
 
 #[test]
@@ -333,6 +339,19 @@ fn sigterm_finishes_what_is_answered_and_ends_what_waits() {
 }
 
 #[test]
+fn sigterm_leaves_nothing_unanswered_that_has_arrived() {
+    let bus = Bus::start();
+    let id = bus.join();
+    let mut kept = bus.connect();
+    kept.ask("GET", "id=0", &[], b"").answer();
+    bus.worker.daemon.signal("STOP");
+    kept.ask("POST", "user=1", &[], b"1");
+    bus.worker.daemon.signal("TERM");
+    bus.worker.daemon.signal("CONT");
+    assert_eq!(kept.answer().reply.text(), format!("{{\"user\":1,\"id\":{}}}", id + 1));
+}
+
+#[test]
 fn streams_outlive_a_memcached_that_restarts_or_is_silent() {
     let mut bus = Bus::start();
     let id = bus.join();
@@ -411,6 +430,14 @@ fn too_few_files_are_survived() {
     let worker = Worker::run(shell.env("SHORTBUS_MEMCACHED", &memcached.address), folder.join("s"), &folder);
     let mut bus = Bus { folder, memcached, worker };
     let id = bus.join();
+    // A burst: all have arrived before the first is looked at. Whoever is not told to come back is served.
+    bus.worker.daemon.signal("STOP");
+    let mut clients: Vec<Client> = (0..100).map(|_| bus.connect()).collect();
+    clients.iter_mut().for_each(|client| _ = client.ask("GET", "", &[], b""));
+    bus.worker.daemon.signal("CONT");
+    let codes: BTreeSet<String> = clients.iter_mut().map(|client| client.answer().reply.outcome().1).collect();
+    assert_eq!(codes, BTreeSet::from(["".into(), "crowded".into()]));
+    drop(clients);
     let mut clients: Vec<Client> = (0..100).map(|_| bus.connect()).collect();
     clients.iter_mut().for_each(|client| _ = client.ask("GET", &format!("id={id}&wait=60"), &[], b""));
     thread::sleep(Duration::from_millis(300));
