@@ -1,0 +1,349 @@
+//! Long ordinary use: many readers that never reconnect and some who publish, through two FastCGI processes on one bus
+//! and now and then CGI. What leaks, or is lost once in a hundred thousand messages, shows in no shorter test.
+//!
+//! `SHORTBUS_SOAK=<seconds> cargo test --test soak -- --ignored --nocapture`; an hour where that is not set.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::persistent::{Bus, Client, request};
+use common::wait_for;
+
+/// In each process.
+const STREAMS: usize = 100;
+const PUBLISHERS: usize = 10;
+/// The number of the one that publishes by CGI.
+const CGI: usize = 2 * PUBLISHERS;
+const CGI_PAUSE: Duration = Duration::from_secs(20);
+/// By when every stream has a message, and its publisher the answer.
+const WINDOW: Duration = Duration::from_secs(10);
+/// How often the streams are read: waking for each message would cost more than all the rest.
+const READ_PAUSE: Duration = Duration::from_millis(20);
+
+/// A message that someone has heard of.
+struct Message {
+    data: String,
+    since: Instant,
+    acknowledged: bool,
+    streams: usize,
+}
+
+/// Who heard of what of late; what all have heard of is only counted.
+struct Window {
+    messages: BTreeMap<u64, Message>,
+    /// All up to this id are verified.
+    verified: u64,
+    count: u64,
+    /// Each publisher's next number.
+    next: [u64; CGI + 1],
+}
+
+impl Window {
+    fn hear(&mut self, id: u64, data: &str) -> &mut Message {
+        assert!(id > self.verified, "{id}, {data}: more than {WINDOW:?} late, or a duplicate");
+        let new = || Message { data: data.into(), since: Instant::now(), acknowledged: false, streams: 0 };
+        let message = self.messages.entry(id).or_insert_with(new);
+        assert_eq!(message.data, data, "{id} is two messages");
+        message
+    }
+
+    /// Those that are older than this: that all streams had them. None had one twice, as each checks that ids ascend.
+    fn verify(&mut self, age: Duration) {
+        while let Some(entry) = self.messages.first_entry()
+            && entry.get().since.elapsed() >= age
+        {
+            let (id, message) = entry.remove_entry();
+            let what = format!("{id}, {}", message.data);
+            assert!(message.acknowledged, "{what}: delivered, but its publisher has no answer");
+            assert_eq!(message.streams, 2 * STREAMS, "{what}: streams that had it");
+            let (publisher, number) = message.data.split_once(' ').unwrap();
+            let next = &mut self.next[publisher.parse::<usize>().unwrap()];
+            assert_eq!(number.parse(), Ok(*next), "{what}: the publisher's next");
+            *next += 1;
+            self.verified = id;
+            self.count += 1;
+        }
+    }
+}
+
+/// An event stream, as far as it was read.
+struct Stream {
+    socket: UnixStream,
+    records: Vec<u8>,
+    text: String,
+    begun: bool,
+    id: u64,
+}
+
+impl Stream {
+    fn open(socket: &Path, id: u64) -> Stream {
+        let mut socket = UnixStream::connect(socket).unwrap();
+        socket.write_all(&request("GET", &format!("id={id}&stream=1"), &[], b"")).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        Stream { socket, records: vec![], text: String::new(), begun: false, id }
+    }
+
+    /// Reads what is there.
+    fn read(&mut self, buffer: &mut [u8], window: &Mutex<Window>) {
+        match self.socket.read(buffer) {
+            Ok(0) => panic!("the server closed a stream at {}", self.id),
+            Ok(length) => self.records.extend_from_slice(&buffer[..length]),
+            Err(error) if [ErrorKind::WouldBlock, ErrorKind::Interrupted].contains(&error.kind()) => return,
+            Err(error) => panic!("a stream at {}: {error}", self.id),
+        }
+        while let [1, kind, _, _, high, low, padding, _, ..] = self.records[..] {
+            let length = usize::from(u16::from_be_bytes([high, low]));
+            let end = 8 + length + usize::from(padding);
+            if self.records.len() < end {
+                break;
+            }
+            let content = str::from_utf8(&self.records[8..8 + length]).unwrap();
+            assert_eq!(kind, 6, "the server ended a stream at {}: {content:?}", self.id);
+            self.text.push_str(content);
+            self.records.drain(..end);
+        }
+        if !self.begun
+            && let Some(end) = self.text.find("\r\n\r\n")
+        {
+            assert!(self.text.starts_with("Status: 200 OK\r\nContent-Type: text/event-stream\r\n"), "{}", self.text);
+            self.text.drain(..end + 4);
+            self.begun = true;
+        }
+        while self.begun
+            && let Some(end) = self.text.find("\n\n")
+        {
+            let event: String = self.text.drain(..end + 2).collect();
+            if let Some((id, data)) = event.strip_prefix("id: ").and_then(|rest| rest.trim_end().split_once("\ndata: "))
+            {
+                let id: u64 = id.parse().unwrap();
+                let json: serde_json::Value = serde_json::from_str(data).unwrap();
+                assert_eq!(json["id"], id, "{event}");
+                assert!(id > self.id, "{id} behind {}", self.id);
+                self.id = id;
+                window.lock().unwrap().hear(id, json["data"].as_str().unwrap()).streams += 1;
+            } else {
+                let known = ["retry: ", "event: cursor\n", ":\n"].iter().any(|start| event.starts_with(start));
+                assert!(known, "behind {}: {event:?}", self.id);
+            }
+        }
+    }
+}
+
+/// Ends all when one fails.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(true, SeqCst);
+        }
+    }
+}
+
+/// Publishes until it has an answer, as the protocol says: the id, and how often it tried.
+fn publish(client: &mut Client, publisher: usize, number: u64) -> (u64, u64) {
+    let query = format!("user={}&once=soak-{publisher}-{number}", publisher + 1);
+    for tries in 1..=20 {
+        let reply = client.ask("POST", &query, &[], format!("\"{publisher} {number}\"").as_bytes()).answer().reply;
+        match reply.status {
+            200 => return (reply.json()["id"].as_u64().unwrap(), tries),
+            409 | 503 => println!("{query}: {:?}", reply.outcome()),
+            _ => panic!("{query}: {reply:?}"),
+        }
+        thread::sleep(Duration::from_millis(250));
+    }
+    panic!("{query}: no answer");
+}
+
+fn publish_by_cgi(program: &Path, memcached: &str, number: u64) -> u64 {
+    let body = format!("\"{CGI} {number}\"");
+    let mut cgi = Command::new(program);
+    cgi.env_clear().env("SHORTBUS_MEMCACHED", memcached).env("REQUEST_METHOD", "POST");
+    cgi.env("QUERY_STRING", format!("user={}&once=soak-{CGI}-{number}", CGI + 1));
+    cgi.env("CONTENT_LENGTH", body.len().to_string());
+    let mut cgi = cgi.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    cgi.stdin.take().unwrap().write_all(body.as_bytes()).unwrap();
+    let stdout = String::from_utf8(cgi.wait_with_output().unwrap().stdout).unwrap();
+    let id = stdout.split_once("\r\n\r\n").and_then(|(_, json)| serde_json::from_str::<serde_json::Value>(json).ok());
+    id.and_then(|json| json["id"].as_u64()).unwrap_or_else(|| panic!("{stdout:?}"))
+}
+
+/// What a process takes: memory in KiB, files, and time in hundredths of a second.
+struct Usage {
+    memory: u64,
+    files: usize,
+    time: u64,
+}
+
+impl Usage {
+    fn of(pid: u32) -> Usage {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        Usage {
+            memory: memory.trim().trim_end_matches(" kB").parse().unwrap(),
+            files: fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(),
+            time: fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap(),
+        }
+    }
+}
+
+#[test]
+#[ignore = "takes an hour"]
+fn for_a_while() {
+    let seconds = std::env::var("SHORTBUS_SOAK").map_or(3600, |text| text.parse().expect("SHORTBUS_SOAK: seconds"));
+    let duration = Duration::from_secs(seconds);
+    let mut bus = Bus::start();
+    let mut another = bus.another();
+    let sockets = [bus.worker.socket.clone(), another.socket.clone()];
+    let pids = [bus.worker.daemon.pid(), another.daemon.pid()];
+    let (program, memcached) = (bus.folder.join("chat"), bus.memcached.address.clone());
+    let start = bus.join();
+
+    let window = Window { messages: BTreeMap::new(), verified: start, count: 0, next: [0; CGI + 1] };
+    let window = Mutex::new(window);
+    let (stop, failed, reading) = (AtomicBool::new(false), AtomicBool::new(false), AtomicBool::new(true));
+    let (opened, retries, newest) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicU64::new(start));
+    let ends = || failed.load(SeqCst) || stop.load(SeqCst);
+    let acknowledge = |id, data: &str| {
+        window.lock().unwrap().hear(id, data).acknowledged = true;
+        newest.fetch_max(id, SeqCst);
+    };
+    let rest = |pause| {
+        let end = Instant::now() + pause;
+        while Instant::now() < end && !ends() {
+            thread::sleep(Duration::from_millis(100).min(end - Instant::now()));
+        }
+    };
+
+    let (samples, ids) = thread::scope(|scope| {
+        let _stops = Stops(&failed);
+        let readers = sockets.each_ref().map(|socket| {
+            let (window, opened, failed, reading) = (&window, &opened, &failed, &reading);
+            scope.spawn(move || {
+                let _stops = Stops(failed);
+                let mut streams: Vec<Stream> = (0..STREAMS).map(|_| Stream::open(socket, start)).collect();
+                let mut buffer = vec![0; 65_536];
+                while reading.load(SeqCst) && !failed.load(SeqCst) {
+                    thread::sleep(READ_PAUSE);
+                    for stream in &mut streams {
+                        let begun = stream.begun;
+                        stream.read(&mut buffer, window);
+                        opened.fetch_add(usize::from(stream.begun && !begun), SeqCst);
+                    }
+                }
+                streams.iter().map(|stream| stream.id).collect::<Vec<_>>()
+            })
+        });
+        wait_for("the streams", || opened.load(SeqCst) == 2 * STREAMS || failed.load(SeqCst));
+
+        let publishers = (0..2 * PUBLISHERS).map(|publisher| {
+            let (socket, failed) = (&sockets[publisher % 2], &failed);
+            let (ends, rest, acknowledge, retries) = (&ends, &rest, &acknowledge, &retries);
+            scope.spawn(move || {
+                let _stops = Stops(failed);
+                let mut client = Client::connect(socket);
+                let mut number = 0;
+                while !ends() {
+                    let (id, tries) = publish(&mut client, publisher, number);
+                    acknowledge(id, &format!("{publisher} {number}"));
+                    retries.fetch_add(tries - 1, SeqCst);
+                    number += 1;
+                    // About 500 ms, with no beat in common.
+                    rest(Duration::from_millis(450 + (publisher as u64 * 31 + number * 17) % 100));
+                }
+            })
+        });
+        let mut publishers: Vec<_> = publishers.collect();
+        publishers.push(scope.spawn(|| {
+            let _stops = Stops(&failed);
+            let mut number = 0;
+            while !ends() {
+                acknowledge(publish_by_cgi(&program, &memcached, number), &format!("{CGI} {number}"));
+                number += 1;
+                rest(CGI_PAUSE);
+            }
+        }));
+
+        // A sample each minute, or ten.
+        let begun = Instant::now();
+        let pause = (duration / 10).min(Duration::from_secs(60));
+        let mut samples: Vec<(Duration, [Usage; 2])> = vec![];
+        println!("minute    RSS, KiB       files     CPU, %      messages verified");
+        while !failed.load(SeqCst) {
+            let at = begun.elapsed();
+            window.lock().unwrap().verify(WINDOW);
+            if at >= pause * samples.len() as u32 || at >= duration {
+                let usage = pids.map(Usage::of);
+                let since = samples.last().map_or(Duration::ZERO, |(at, _)| *at);
+                let share = |n: usize| {
+                    let before = samples.last().map_or(usage[n].time, |(_, usage)| usage[n].time);
+                    (usage[n].time - before) as f64 / (at - since).as_secs_f64().max(0.01)
+                };
+                let [first, second] = &usage;
+                println!(
+                    "{:6.2} {:7} {:7} {:6} {:4} {:6.1} {:5.1} {:12}",
+                    at.as_secs_f64() / 60.0,
+                    first.memory,
+                    second.memory,
+                    first.files,
+                    second.files,
+                    share(0),
+                    share(1),
+                    window.lock().unwrap().count,
+                );
+                samples.push((at, usage));
+            }
+            if at >= duration {
+                break;
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+        stop.store(true, SeqCst);
+        publishers.into_iter().for_each(|publisher| publisher.join().unwrap());
+        // All that was acknowledged comes, and nothing behind it.
+        thread::sleep(WINDOW / 2);
+        reading.store(false, SeqCst);
+        (samples, readers.map(|reader| reader.join().unwrap()).concat())
+    });
+    let mut window = window.into_inner().unwrap();
+    window.verify(Duration::ZERO);
+    let newest = newest.into_inner();
+    assert_eq!(ids, vec![newest; 2 * STREAMS], "where the streams are");
+    assert_eq!(window.verified, newest);
+    assert!(bus.worker.daemon.is_alive() && another.daemon.is_alive());
+    println!(
+        "{} messages, each {} times; {} ids unused, {} requests repeated, {} by CGI; log: {:?}",
+        window.count,
+        2 * STREAMS,
+        newest - start - window.count,
+        retries.into_inner(),
+        window.next[CGI],
+        bus.folder.text("start.log"),
+    );
+    let warm = samples.iter().find(|(at, _)| *at >= duration / 5).unwrap();
+    let last = samples.last().unwrap();
+    for (n, (warm, last)) in warm.1.iter().zip(&last.1).enumerate() {
+        println!(
+            "process {n}: {} -> {} KiB, {} -> {} files, {:.1} % CPU",
+            warm.memory,
+            last.memory,
+            warm.files,
+            last.files,
+            (last.time - samples[0].1[n].time) as f64 / samples.last().unwrap().0.as_secs_f64(),
+        );
+        assert!(last.memory * 4 <= warm.memory * 5 + 4 * 512, "the memory of process {n} grows");
+        assert_eq!(last.files, warm.files, "files of process {n}");
+    }
+}
