@@ -23,11 +23,12 @@ pub fn begin(out: &mut Vec<u8>) {
 
 /// Appends a poll's result, and returns the id that the stream is at then: that of its last message, or `at`.
 pub fn page(out: &mut Vec<u8>, page: &Page, mut at: u64) -> u64 {
-    if page.missed {
+    // Not JSON where another program wrote into the bus's keys: then the page's messages cannot be told apart.
+    let objects: Option<Vec<&RawValue>> = serde_json::from_slice(&page.json).ok();
+    if page.missed || objects.is_none() {
         out.extend_from_slice(b"event: missed\ndata: 1\n\n");
     }
-    let objects: Vec<&RawValue> = serde_json::from_slice(&page.json).unwrap_or_default();
-    for object in objects {
+    for object in objects.unwrap_or_default() {
         let object = object.get();
         // As the bus writes it.
         let id = object.strip_prefix("{\"id\":").and_then(|rest| rest.split(',').next()).unwrap_or_default();
@@ -60,5 +61,8 @@ mod tests {
         let expected = "event: missed\ndata: 1\n\nid: 7\ndata: {\"id\":7,\"user\":1,\"data\":{\ndata: \"a\":\n\
                         data: [\ndata: \ndata: 1]}}\n\nid: 9\ndata: {\"id\":9,\"user\":2,\"data\":\"\\n\"}\n\n";
         assert_eq!((String::from_utf8(out).unwrap(), at), (expected.into(), 9));
+        let mut out = Vec::new();
+        page(&mut out, &Page { json: b"[{oops]".into(), last_id: 10, missed: false }, 5);
+        assert_eq!(out, b"event: missed\ndata: 1\n\n");
     }
 }
