@@ -65,9 +65,9 @@ impl Hubs {
         }
     }
 
-    /// Tells a bus's watcher, if there is one, that something was published.
-    pub fn published(&self, server: &str, bus: &[u8]) {
-        if let Some(hub) = self.hubs.borrow().get(&key(server, bus)) {
+    /// Tells the watcher of the bus with this [`key`], if there is one, that something was published.
+    pub fn published(&self, key: &[u8]) {
+        if let Some(hub) = self.hubs.borrow().get(key) {
             hub.published.notify_one();
         }
     }

@@ -188,7 +188,12 @@ impl Server {
 
     /// One connection. Whatever is wrong with it is nobody else's business.
     async fn converse(self: Rc<Server>, stream: TcpStream, _open: Counted, beyond: bool) {
-        let body_limit = |parameters: &Parameters| self.config(parameters).map_or(0, |config| config.max_bytes);
+        // Most requests have no body, and need not have their settings read for it.
+        let body_limit =
+            |parameters: &Parameters| match (parameters.get("REQUEST_METHOD"), parameters.get("CONTENT_LENGTH")) {
+                (Some(b"GET"), None | Some(b"")) => 0,
+                _ => self.config(parameters).map_or(0, |config| config.max_bytes),
+            };
         let mut connection = Connection::new(stream);
         let (mut answering, mut kept) = (None, false);
         loop {
@@ -253,19 +258,16 @@ impl Server {
         let limit = config.as_ref().map_or(0, |config| config.max_bytes);
         let body = http::read_body(&vars, &request.body[..], limit);
         let publishes = parameters.get("REQUEST_METHOD") == Some(b"POST");
-        let place = config
-            .as_ref()
-            .ok()
-            .filter(|_| publishes)
-            .map(|config| (home(&config.memcached, &config.bus).to_owned(), config.bus.clone()));
+        let place = |config: &Config| hub::key(home(&config.memcached, &config.bus), &config.bus);
+        let place = config.as_ref().ok().filter(|_| publishes).map(place);
         let _turn = match &place {
-            Some((server, bus)) => Some(self.turns.take(hub::key(server, bus)).await),
+            Some(place) => Some(self.turns.take(place.clone()).await),
             None => None,
         };
         let open = |config: &Config| Ok(self.pool.open(&config.memcached, &config.bus));
         let response = http::answer(&vars, config, body, open).await;
-        if let Some((server, bus)) = place.filter(|_| response.is_ok()) {
-            self.hubs.published(&server, &bus);
+        if let Some(place) = place.filter(|_| response.is_ok()) {
+            self.hubs.published(&place);
         }
         response
     }
