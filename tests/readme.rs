@@ -118,9 +118,20 @@ fn its_limits_are_the_sources() {
         format!("| `SHORTBUS_MAX_BYTES` | {BYTES_DEFAULT} | largest message body, 1 to {BYTES_MAX} |"),
         format!("nested at most {DEPTH_MAX} levels"),
         format!("then the {WINDOW} slots after the cursor"),
+        format!("K is 1 to {ONCE_MAX} characters"),
+        format!("| the bus key of a signed bus, at least {KEY_MIN} bytes,"),
+        format!("| longest time a poll may wait for a message, seconds, 0 to {WAIT_MAX};"),
+        format!("headers are longer than {} KB in all", PARAMETERS_BYTES >> 10),
+        format!("and {} more are kept free", FILES_SPARE + CONNECTIONS_REFUSED),
+        format!("reads `last` every {} ms", WATCH_INTERVAL.as_millis()),
+        format!("a comment every {} seconds", HEARTBEAT.as_secs()),
     ] {
         assert!(readme.contains(&text), "{text}");
     }
+    // In words.
+    assert!(readme.contains("remembered for twice the TTL, and a minute at least") && ONCE_LEAST == 60);
+    assert!(readme.contains("for at most\n  about three seconds") && ONCE_LEASE == 3);
+    assert!(readme.contains("is gone within\nfive seconds") && (GRACE + ACCEPT_PAUSE).as_secs() < 5);
     assert!(
         readme.contains("at most 1,000 messages and about 1 MiB") && (REPLY_MESSAGES, REPLY_BYTES) == (1_000, 1 << 20)
     );
