@@ -21,8 +21,8 @@ use common::{Folder, Front, Memcached, Site, Stream, executable};
 use hmac::{Hmac, KeyInit, Mac};
 use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;
+use shortbus::bus::store::Store;
 use shortbus::cgi::block_on;
-use shortbus::store::Store;
 use shortbus::{bus, memcached, signature};
 
 /// Processes started of each kind, one after the other.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::store::StoreError;
+use crate::bus::store::StoreError;
 
 /// Why a request was not served. `Display` is the sentence for the client: what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]

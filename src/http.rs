@@ -19,6 +19,7 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use url::form_urlencoded;
 
+use crate::bus::store::{Store, StoreError};
 use crate::bus::{self, Once, Page};
 use crate::config::{Auth, Config, Vars, whole_number};
 use crate::error::Error;
@@ -27,7 +28,6 @@ use crate::limits;
 use crate::memcached;
 use crate::message;
 use crate::signature::{self, Signed};
-use crate::store::{Store, StoreError};
 
 const METHODS: &str = "GET, HEAD, POST, OPTIONS";
 

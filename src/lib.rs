@@ -38,6 +38,5 @@ pub mod message;
 pub mod pipeline;
 pub mod server;
 pub mod signature;
-pub mod store;
 pub mod turns;
 pub mod watch;

@@ -15,10 +15,10 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::bus::store::{Counter, Op, Reply, Store, StoreError};
 use crate::config::whole_number;
 use crate::hash;
 use crate::limits;
-use crate::store::{Counter, Op, Reply, Store, StoreError};
 
 /// A bus's keys in the memcached it lives on.
 pub struct Memcached {

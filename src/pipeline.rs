@@ -27,10 +27,10 @@ use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
+use crate::bus::store::{Op, Reply, Store, StoreError};
 use crate::config::whole_number;
 use crate::limits;
 use crate::memcached::{at, cas, command, connect, home, key_prefix, random_pause, reply, unexpected, unix_micros};
-use crate::store::{Op, Reply, Store, StoreError};
 
 type Result<T> = std::result::Result<T, StoreError>;
 

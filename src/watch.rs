@@ -9,8 +9,8 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::bus::store::{Counter, Op, Reply, Store, StoreError};
 use crate::limits;
-use crate::store::{Counter, Op, Reply, Store, StoreError};
 
 /// The newest messages of a bus.
 #[derive(Debug, Default)]

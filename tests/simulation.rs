@@ -17,10 +17,10 @@ use std::sync::Mutex;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use shortbus::bus::store::{Counter, Op, Reply, Store, StoreError};
 use shortbus::bus::{self, Once, Page};
 use shortbus::error::Error;
 use shortbus::limits;
-use shortbus::store::{Counter, Op, Reply, Store, StoreError};
 use shortbus::watch::{View, Window, look};
 
 const SECOND: u64 = 1_000_000;

@@ -9,12 +9,14 @@
 //! promise: a publisher that slept, or finds a slot that a dead one left behind long ago, acknowledges only what all
 //! polls will see. `tests/simulation.rs` checks the promise, and that each rule is needed.
 
+pub mod store;
+
 use std::time::Duration;
 
+use crate::bus::store::{Counter, Op, Reply, Store, StoreError};
 use crate::config::whole_number;
 use crate::error::Error;
 use crate::limits;
-use crate::store::{Counter, Op, Reply, Store, StoreError};
 
 /// A poll's result.
 #[derive(Debug, Default, PartialEq, Eq)]
