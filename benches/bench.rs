@@ -23,7 +23,8 @@ use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;
 use shortbus::bus::store::Store;
 use shortbus::cgi::block_on;
-use shortbus::{bus, memcached, signature};
+use shortbus::stores::memcached::blocking as memcached;
+use shortbus::{bus, signature};
 
 /// Processes started of each kind, one after the other.
 const SPAWNS: usize = 2_000;

@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::event_stream;
 use crate::http::{self, Response};
 use crate::limits;
-use crate::memcached::Memcached;
+use crate::stores::memcached::blocking::Memcached;
 
 /// A variable of the environment, whatever its bytes.
 pub fn variable(name: &str) -> Option<Vec<u8>> {

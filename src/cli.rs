@@ -5,7 +5,7 @@ use std::time::Instant;
 use crate::bus;
 use crate::cgi::{block_on, variable};
 use crate::config::{Auth, Config};
-use crate::memcached::Memcached;
+use crate::stores::memcached::blocking::Memcached;
 
 const HELP: &str = "\
 shortbus: a broadcasting message bus for browser pages, in one executable, for CGI and FastCGI.

@@ -12,7 +12,7 @@ use crate::fastcgi;
 use crate::http::{Held, Response};
 use crate::hub::{Hubs, Waiter};
 use crate::limits;
-use crate::memcached::home;
+use crate::stores::memcached::blocking::home;
 
 /// Holds a poll until there is something new, or streams for as long as the client stays; until `ends` at most.
 ///

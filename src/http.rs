@@ -25,9 +25,9 @@ use crate::config::{Auth, Config, Vars, whole_number};
 use crate::error::Error;
 use crate::files::{self, File};
 use crate::limits;
-use crate::memcached;
 use crate::message;
 use crate::signature::{self, Signed};
+use crate::stores::memcached::blocking as memcached;
 
 const METHODS: &str = "GET, HEAD, POST, OPTIONS";
 

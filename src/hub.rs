@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::bus::{self, Page};
 use crate::error::Error;
 use crate::limits;
-use crate::pipeline::{Pipelined, Pool};
+use crate::stores::memcached::pipelined::{Pipelined, Pool};
 use crate::watch::{View, Window, look};
 
 /// The buses of this process that somebody waits for.

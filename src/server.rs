@@ -30,8 +30,8 @@ use crate::held::hold;
 use crate::http::{self, Response};
 use crate::hub::{self, Hubs};
 use crate::limits;
-use crate::memcached::home;
-use crate::pipeline::Pool;
+use crate::stores::memcached::blocking::home;
+use crate::stores::memcached::pipelined::Pool;
 use crate::turns::Turns;
 
 /// The socket to serve, if this process was started with one: fd 0, or systemd's first, fd 3 (sd_listen_fds(3)).

@@ -19,7 +19,7 @@ use sha2::Sha256;
 use crate::config::whole_number;
 use crate::error::Signature;
 use crate::http::value;
-use crate::memcached::encode_name;
+use crate::stores::memcached::blocking::encode_name;
 
 /// Bytes of an HMAC-SHA-256.
 const SIZE: usize = 32;

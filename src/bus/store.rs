@@ -1,6 +1,6 @@
 //! What the delivery protocol asks of memcached, and nothing more.
 //!
-//! Its drivers: [`crate::memcached`], [`crate::pipeline`], and the model under a seeded scheduler in
+//! Its drivers: [`crate::stores::memcached::blocking`], [`crate::stores::memcached::pipelined`], and the model under a seeded scheduler in
 //! `tests/simulation.rs`; and [`crate::watch::View`], which answers from memory what it can.
 
 use std::time::Duration;

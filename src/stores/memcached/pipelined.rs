@@ -30,7 +30,9 @@ use tokio::time::sleep;
 use crate::bus::store::{Op, Reply, Store, StoreError};
 use crate::config::whole_number;
 use crate::limits;
-use crate::memcached::{at, cas, command, connect, home, key_prefix, random_pause, reply, unexpected, unix_micros};
+use crate::stores::memcached::blocking::{
+    at, cas, command, connect, home, key_prefix, random_pause, reply, unexpected, unix_micros,
+};
 
 type Result<T> = std::result::Result<T, StoreError>;
 

@@ -1,0 +1,3 @@
+//! Where messages live.
+
+pub mod memcached;
