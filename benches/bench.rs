@@ -21,10 +21,11 @@ use common::{Folder, Front, Memcached, Site, Stream, executable};
 use hmac::{Hmac, KeyInit, Mac};
 use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;
+use shortbus::bus;
 use shortbus::bus::store::Store;
 use shortbus::cgi::block_on;
+use shortbus::http::signature;
 use shortbus::stores::memcached::blocking as memcached;
-use shortbus::{bus, signature};
 
 /// Processes started of each kind, one after the other.
 const SPAWNS: usize = 2_000;

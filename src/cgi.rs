@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::bus;
 use crate::config::Config;
-use crate::event_stream;
+use crate::http::event_stream;
 use crate::http::{self, Response};
 use crate::limits;
 use crate::stores::memcached::blocking::Memcached;

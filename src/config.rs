@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use crate::error::Error;
+use crate::http::error::Error;
 use crate::limits;
 
 /// A variable's value by its name, as the web server gave it.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::bus::Page;
 use crate::connection::{Connection, within};
-use crate::event_stream;
 use crate::fastcgi;
+use crate::http::event_stream;
 use crate::http::{Held, Response};
 use crate::hub::{Hubs, Waiter};
 use crate::limits;

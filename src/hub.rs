@@ -10,7 +10,7 @@ use tokio::task::spawn_local;
 use tokio::time::timeout;
 
 use crate::bus::{self, Page};
-use crate::error::Error;
+use crate::http::error::Error;
 use crate::limits;
 use crate::stores::memcached::pipelined::{Pipelined, Pool};
 use crate::watch::{View, Window, look};

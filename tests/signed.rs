@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use common::{Front, Reply, Signer, Site, base64url_hmac, decode, unix_millis};
 use serde_json::json;
-use shortbus::error::Signature;
-use shortbus::signature::{Signed, secret};
+use shortbus::http::error::Signature;
+use shortbus::http::signature::{Signed, secret};
 
 on_main_fronts! {
     a_join_gives_a_secret_by_which_its_user_publishes_to_all

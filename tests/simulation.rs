@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use shortbus::bus::store::{Counter, Op, Reply, Store, StoreError};
 use shortbus::bus::{self, Once, Page};
-use shortbus::error::Error;
+use shortbus::http::error::Error;
 use shortbus::limits;
 use shortbus::watch::{View, Window, look};
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use crate::bus::store::{Counter, Op, Reply, Store, StoreError};
 use crate::config::whole_number;
-use crate::error::Error;
+use crate::http::error::Error;
 use crate::limits;
 
 /// A poll's result.

@@ -17,7 +17,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 use crate::config::whole_number;
-use crate::error::Signature;
+use crate::http::error::Signature;
 use crate::http::value;
 use crate::stores::memcached::blocking::encode_name;
 

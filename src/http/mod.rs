@@ -12,6 +12,11 @@
 //! 8. stderr gets one line, control characters escaped.
 //! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time.
 
+pub mod error;
+pub mod event_stream;
+pub mod message;
+pub mod signature;
+
 use std::borrow::Cow;
 use std::io::Read;
 
@@ -22,11 +27,10 @@ use url::form_urlencoded;
 use crate::bus::store::{Store, StoreError};
 use crate::bus::{self, Once, Page};
 use crate::config::{Auth, Config, Vars, whole_number};
-use crate::error::Error;
 use crate::files::{self, File};
+use crate::http::error::Error;
+use crate::http::signature::Signed;
 use crate::limits;
-use crate::message;
-use crate::signature::{self, Signed};
 use crate::stores::memcached::blocking as memcached;
 
 const METHODS: &str = "GET, HEAD, POST, OPTIONS";
@@ -52,7 +56,7 @@ pub struct Held {
     pub user: Option<u64>,
     /// What was there at once. The cursor to go on from is in it.
     pub page: Page,
-    /// The response is the head of an event stream ([`crate::event_stream`]). Else it is to be filled with a page
+    /// The response is the head of an event stream ([`crate::http::event_stream`]). Else it is to be filled with a page
     /// that is not empty, or with the last one when the time is over.
     pub stream: bool,
     /// The time, seconds.

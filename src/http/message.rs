@@ -2,7 +2,7 @@
 
 use serde_json::value::RawValue;
 
-use crate::error::Error;
+use crate::http::error::Error;
 use crate::limits;
 
 /// Checks a body and returns the value in it, without the white space around it.
