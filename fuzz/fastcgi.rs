@@ -6,7 +6,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use shortbus::fastcgi::{Parser, Request, reply};
+use shortbus::fastcgi::codec::{Parser, Request, reply};
 use shortbus::limits;
 
 const BODY_MAX: usize = 1_000;

@@ -9,7 +9,7 @@
 use std::io::Write;
 use std::os::unix::ffi::OsStringExt;
 
-use shortbus::{cgi, cli, server};
+use shortbus::{cgi, cli, fastcgi};
 
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
@@ -20,8 +20,8 @@ extern "C" fn main() -> i32 {
         cgi::serve(&argv0);
         return 0;
     }
-    if let Some(listener) = server::listener() {
-        let ended = server::serve(&argv0, listener);
+    if let Some(listener) = fastcgi::listener() {
+        let ended = fastcgi::serve(&argv0, listener);
         return ended.map_or_else(|error| report(&format!("shortbus: cannot serve: {error}\n")), |()| 0);
     }
     let (code, text) = cli::run(&argv0, &arguments.collect::<Vec<_>>());

@@ -19,9 +19,9 @@ use std::time::Duration;
 
 use shortbus::bus::store::{Counter, Op, Reply, Store, StoreError};
 use shortbus::bus::{self, Once, Page};
+use shortbus::fastcgi::snapshot::{View, Window, look};
 use shortbus::http::error::Error;
 use shortbus::limits;
-use shortbus::watch::{View, Window, look};
 
 const SECOND: u64 = 1_000_000;
 /// Unix time of the model's microsecond 0.

@@ -1,7 +1,7 @@
 //! What the delivery protocol asks of memcached, and nothing more.
 //!
 //! Its drivers: [`crate::stores::memcached::blocking`], [`crate::stores::memcached::pipelined`], and the model under a seeded scheduler in
-//! `tests/simulation.rs`; and [`crate::watch::View`], which answers from memory what it can.
+//! `tests/simulation.rs`; and [`crate::fastcgi::snapshot::View`], which answers from memory what it can.
 
 use std::time::Duration;
 

@@ -6,11 +6,11 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::bus::Page;
-use crate::connection::{Connection, within};
-use crate::fastcgi;
+use crate::fastcgi::codec as fastcgi;
+use crate::fastcgi::connection::{Connection, within};
+use crate::fastcgi::hub::{Hubs, Waiter};
 use crate::http::event_stream;
 use crate::http::{Held, Response};
-use crate::hub::{Hubs, Waiter};
 use crate::limits;
 use crate::stores::memcached::blocking::home;
 

@@ -10,8 +10,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{sleep_until, timeout};
 
-use crate::fastcgi::{Parameters, Parser};
-use crate::hub::Waiter;
+use crate::fastcgi::codec::{Parameters, Parser};
+use crate::fastcgi::hub::Waiter;
 use crate::limits;
 
 /// One connection of a web server. It holds no buffer while it waits.

@@ -10,10 +10,10 @@ use tokio::task::spawn_local;
 use tokio::time::timeout;
 
 use crate::bus::{self, Page};
+use crate::fastcgi::snapshot::{View, Window, look};
 use crate::http::error::Error;
 use crate::limits;
 use crate::stores::memcached::pipelined::{Pipelined, Pool};
-use crate::watch::{View, Window, look};
 
 /// The buses of this process that somebody waits for.
 pub struct Hubs {

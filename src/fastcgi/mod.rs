@@ -1,8 +1,15 @@
 //! The persistent mode: serves FastCGI on a listening socket, many requests at a time, on one thread.
 //!
 //! A web server or systemd starts the executable with the socket as fd 0, or systemd as fd 3. Each connection is a task
-//! of its own ([`crate::connection`], [`crate::held`]); each request goes through the same [`http::answer`] as in CGI, with
+//! of its own ([`crate::fastcgi::connection`], [`crate::fastcgi::waiting`]); each request goes through the same [`http::answer`] as in CGI, with
 //! FastCGI's parameters in the place of the environment. Settings may come from either.
+
+pub mod codec;
+pub mod connection;
+pub mod hub;
+pub mod publishers;
+pub mod snapshot;
+pub mod waiting;
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
@@ -23,16 +30,15 @@ use tokio::time::{sleep, timeout};
 
 use crate::cgi::variable;
 use crate::config::Config;
-use crate::connection::{Connection, within};
-use crate::fastcgi::{self, Parameters, Request};
-use crate::held::hold;
+use crate::fastcgi::codec::{Parameters, Request};
+use crate::fastcgi::connection::{Connection, within};
+use crate::fastcgi::publishers::Turns;
 use crate::http::error::Error;
 use crate::http::{self, Response};
-use crate::hub::{self, Hubs};
 use crate::limits;
 use crate::stores::memcached::blocking::home;
 use crate::stores::memcached::pipelined::Pool;
-use crate::turns::Turns;
+use hub::Hubs;
 
 /// The socket to serve, if this process was started with one: fd 0, or systemd's first, fd 3 (sd_listen_fds(3)).
 ///
@@ -221,14 +227,14 @@ impl Server {
                 let response = Box::pin(self.answer(request, crowded)).await;
                 if response.held.is_none() {
                     let log = response.log.as_deref().unwrap_or_default();
-                    fastcgi::reply(&mut connection.out, id, &response.to_cgi(head, false), log.as_bytes());
+                    codec::reply(&mut connection.out, id, &response.to_cgi(head, false), log.as_bytes());
                 } else {
                     // Who waits has to leave room for those who do not: where there is none, nobody waits for long.
                     let full = Cell::new(true);
                     let is_full = self.held.get() + (self.connections / 8).max(1) >= self.connections;
                     let ends = if is_full { &full } else { &self.stopping };
                     let _held = Counted::new(self.clone(), |server| &server.held);
-                    if Box::pin(hold(id, response, &mut connection, &self.hubs, ends)).await.is_err() {
+                    if Box::pin(waiting::hold(id, response, &mut connection, &self.hubs, ends)).await.is_err() {
                         return;
                     }
                 }
