@@ -19,12 +19,12 @@
 
 #![warn(missing_docs)]
 
+pub mod browser;
 pub mod bus;
 pub mod cgi;
 pub mod cli;
 pub mod config;
 pub mod fastcgi;
-pub mod files;
 pub mod hash;
 pub mod http;
 pub mod limits;

@@ -139,6 +139,6 @@ fn its_limits_are_the_sources() {
 
 #[test]
 fn its_client_is_as_small_as_it_says() {
-    let bytes = shortbus::files::find(b"/shortbus.js").unwrap().body.len();
+    let bytes = shortbus::browser::find(b"/shortbus.js").unwrap().body.len();
     assert!(file("README.md").contains(&format!("It is\n{bytes} bytes as it stands")), "{bytes}");
 }

@@ -24,10 +24,10 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use url::form_urlencoded;
 
+use crate::browser::{self, File};
 use crate::bus::store::{Store, StoreError};
 use crate::bus::{self, Once, Page};
 use crate::config::{Auth, Config, Vars, whole_number};
-use crate::files::{self, File};
 use crate::http::error::Error;
 use crate::http::signature::Signed;
 use crate::limits;
@@ -182,7 +182,7 @@ async fn route<S: Store>(
     let path = vars("PATH_INFO").unwrap_or_default();
     let method = vars("REQUEST_METHOD").unwrap_or_default();
     if !path.is_empty() {
-        let file = files::find(&path).ok_or_else(|| Error::Path(String::from_utf8_lossy(&path).into_owned()))?;
+        let file = browser::find(&path).ok_or_else(|| Error::Path(String::from_utf8_lossy(&path).into_owned()))?;
         return match &method[..] {
             b"GET" | b"HEAD" => Ok(serve(file, &vars("HTTP_IF_NONE_MATCH").unwrap_or_default())),
             other => Err(Error::Method(String::from_utf8_lossy(other).into_owned(), "GET, HEAD")),

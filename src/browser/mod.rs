@@ -30,7 +30,7 @@ static FILES: [File; 6] = [
         SCRIPT,
         concat!(
             "(() => {\nconst HERE = globalThis.document?.currentScript?.src;\n",
-            include_str!("client.js"),
+            include_str!("client/client.js"),
             "globalThis.MessageBus = MessageBus;\n})();\n"
         ),
     ),
@@ -39,7 +39,7 @@ static FILES: [File; 6] = [
         SCRIPT,
         concat!(
             "const HERE = import.meta.url.startsWith(\"http\") ? import.meta.url : undefined;\n",
-            include_str!("client.js"),
+            include_str!("client/client.js"),
             "export { MessageBus, MessageBus as default };\n"
         ),
     ),
