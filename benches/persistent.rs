@@ -149,7 +149,7 @@ fn bus_names() -> Vec<String> {
 fn start_nginx(folder: &Folder) -> (SocketAddr, Daemon) {
     let root = folder.join("").display().to_string();
     // The repository's example, but for names, and with connections that are kept, as it advises.
-    let block = include_str!("../nginx-fastcgi-example.conf").rsplit_once('}').unwrap().0;
+    let block = include_str!("../examples/nginx-fastcgi.conf").rsplit_once('}').unwrap().0;
     let (mut upstreams, mut locations) = (String::new(), String::new());
     for process in ["one", "two", "nothing"] {
         upstreams += &format!("upstream {process} {{ server unix:{root}{process}.s; keepalive 32; }}\n");

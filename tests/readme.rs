@@ -102,7 +102,7 @@ fn readme_help_and_examples_name_the_same_settings() {
     assert_eq!(source.len(), 8, "{source:?}");
     assert_eq!(names(&file("README.md")), source);
     assert_eq!(names(&help), source);
-    for example in ["apache-example.conf", "nginx-example.conf"] {
+    for example in ["apache-example.conf", "examples/nginx.conf"] {
         let names = names(&file(example));
         assert_eq!(names.difference(&source).filter(|name| *name != "SHORTBUS_CGI_BIN").count(), 0, "{example}");
         assert!(names.is_superset(&source), "{example}: {names:?}");

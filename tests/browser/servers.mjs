@@ -203,7 +203,7 @@ class Site {
 }
 
 /**
- * An nginx as nginx-fastcgi-example.conf has it, one process for all buses, and a memcached. It has Apache's methods:
+ * An nginx as examples/nginx-fastcgi.conf has it, one process for all buses, and a memcached. It has Apache's methods:
  * what is the web server there, is nginx here. Buses of the name signed-... are signed.
  */
 class FastcgiSite extends Site {
@@ -255,7 +255,7 @@ class FastcgiSite extends Site {
   #config() {
     const root = this.folder;
     // The repository's example as it stands, but for where things are.
-    const example = readFileSync(join(REPOSITORY, "nginx-fastcgi-example.conf"), "utf8");
+    const example = readFileSync(join(REPOSITORY, "examples/nginx-fastcgi.conf"), "utf8");
     const location = example.replace("pass unix:/run/shortbus.sock;", "pass shortbus; fastcgi_keep_conn on;");
     const named = (name, params) =>
       location
@@ -286,7 +286,7 @@ class FastcgiSite extends Site {
   }
 }
 
-/** The same with Apache's mod_proxy_fcgi, as apache-fastcgi-example.conf has it. */
+/** The same with Apache's mod_proxy_fcgi, as examples/apache-fastcgi.conf has it. */
 class ProxyFcgiSite extends FastcgiSite {
   startApache() {
     return Site.prototype.startApache.call(this);
@@ -299,7 +299,7 @@ class ProxyFcgiSite extends FastcgiSite {
   }
 
   front() {
-    const example = readFileSync(join(REPOSITORY, "apache-fastcgi-example.conf"), "utf8");
+    const example = readFileSync(join(REPOSITORY, "examples/apache-fastcgi.conf"), "utf8");
     const named = 'SetEnvIfExpr "%{REQUEST_URI} =~ m!^/cgi-bin/([^/]+)!" SHORTBUS_BUS=$1';
     const all = example
       .replace("^/cgi-bin/chat(", "^/cgi-bin/[^/]+(")

@@ -65,7 +65,7 @@ impl Site {
 
     pub(super) fn start_apache_fastcgi(&mut self) {
         let root = self.folder.0.display().to_string();
-        let example = include_str!("../../apache-fastcgi-example.conf");
+        let example = include_str!("../../examples/apache-fastcgi.conf");
         let mut settings = String::new();
         let (modules, example) = match self.front {
             // One block for all buses: here everyone may make some.
@@ -96,7 +96,7 @@ impl Site {
         let root = self.folder.0.display().to_string();
         let start = "location ~ ^/cgi-bin/chat(?<shortbus_path>/.*)?$ {";
         let named = "fastcgi_param SHORTBUS_BUS chat;";
-        let example = include_str!("../../nginx-fastcgi-example.conf");
+        let example = include_str!("../../examples/nginx-fastcgi.conf");
         let example = swap(example, "client_max_body_size 1m;", "client_max_body_size 0;");
         let socket = format!("unix:{root}/shortbus.sock;");
         let (upstream, pass) = match self.front {
@@ -156,7 +156,7 @@ impl Site {
     fn lighttpd_config(&self, names: &[OsString]) -> Vec<u8> {
         let root = self.folder.0.display().to_string();
         let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\\\""));
-        let example = include_str!("../../lighttpd-example.conf");
+        let example = include_str!("../../examples/lighttpd.conf");
         let (_, block) = example.split_once("$HTTP[\"url\"] =~ \"^/cgi-bin/chat(/|$)\" {\n").unwrap();
         let (block, rest) = block.split_once("\n}\n").unwrap();
         let block = swap(block, "server.max-request-size = 1024", "");

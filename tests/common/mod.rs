@@ -538,7 +538,7 @@ impl Site {
         let root = self.folder.0.display().to_string();
         let quoted = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
         // The repository's example as it stands, but for where things are.
-        let example = include_str!("../../nginx-example.conf")
+        let example = include_str!("../../examples/nginx.conf")
             .replace("/run/fcgiwrap.socket", &format!("{root}/fcgiwrap.sock"))
             .replace("root /usr/lib;", &format!("root {root};"))
             .replace("client_max_body_size 1m;", "client_max_body_size 0;");

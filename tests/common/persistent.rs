@@ -59,7 +59,7 @@ impl Site {
         let quoted = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
         // The repository's example, but for where things are, that each bus is the process of a file, by its name, and
         // that connections are kept, as it advises.
-        let mut block = include_str!("../../nginx-fastcgi-example.conf").rsplit_once('}').unwrap().0.to_owned();
+        let mut block = include_str!("../../examples/nginx-fastcgi.conf").rsplit_once('}').unwrap().0.to_owned();
         for (from, to) in [
             ("client_max_body_size 1m;", "client_max_body_size 0;"),
             ("fastcgi_param SHORTBUS_BUS chat;", ""),
