@@ -25,7 +25,7 @@ use shortbus::bus;
 use shortbus::bus::store::Store;
 use shortbus::cgi::block_on;
 use shortbus::http::signature;
-use shortbus::stores::memcached::blocking as memcached;
+use shortbus::stores::memcached::blocking;
 
 /// Processes started of each kind, one after the other.
 const SPAWNS: usize = 2_000;
@@ -232,7 +232,7 @@ fn fill(memcached: &Memcached, bus: &str, messages: u64) -> u64 {
 }
 
 fn open(memcached: &Memcached, bus: &str) -> impl Store {
-    memcached::Memcached::connect(std::slice::from_ref(&memcached.address), bus.as_bytes()).unwrap()
+    blocking::Memcached::connect(std::slice::from_ref(&memcached.address), bus.as_bytes()).unwrap()
 }
 
 fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
@@ -240,7 +240,7 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
     let [shortbus, fixed, raw] =
         &[executable(), baseline("fixed"), baseline("raw")].map(|file| Program::new(&folder, &file));
     let (idle, thousand, busy) = (fill(tcp, "idle", 0), fill(tcp, "thousand", 1_000), fill(tcp, "busy", 10_000));
-    block_on(bus::key(&mut open(tcp, "kept"), Some(KEY.as_bytes()))).unwrap();
+    block_on(bus::signing_key(&mut open(tcp, "kept"), Some(KEY.as_bytes()))).unwrap();
     let far = 1_000_000_000_000_000;
     let jobs = [
         Job::get(fixed, tcp, "idle", idle, EMPTY),

@@ -18,7 +18,7 @@ fn converse(bytes: &[u8], size: usize) -> Option<Request> {
         if parser.feed(piece, &mut out, &|_| BODY_MAX).is_err() || parser.is_closing() {
             break;
         }
-        let Some(request) = parser.take_request() else { continue };
+        let Some(request) = parser.split_request() else { continue };
         assert!(request.body.len() <= BODY_MAX + 1);
         let names = ["QUERY_STRING", "REQUEST_METHOD", ""];
         let kept: usize = names.iter().filter_map(|name| request.parameters.get(name)).map(<[u8]>::len).sum();

@@ -3,9 +3,12 @@
 use std::time::Instant;
 
 use crate::bus;
-use crate::cgi::{block_on, variable};
+use crate::cgi::block_on;
 use crate::config::{Auth, Config};
+use crate::http::error::Error;
+use crate::http::message;
 use crate::stores::memcached::blocking::Memcached;
+use crate::variables::environment;
 
 const HELP: &str = "\
 shortbus: a broadcasting message bus for browser pages, in one executable, for CGI and FastCGI.
@@ -44,15 +47,15 @@ pub fn run(argv0: &[u8], arguments: &[Vec<u8>]) -> (i32, String) {
 
 /// Shows what a request would meet, with this shell's environment in the place of the web server's.
 fn check(argv0: &[u8]) -> (i32, String) {
-    let config = match Config::read(&variable, argv0, 0) {
+    let config = match Config::read(&environment, argv0, 0) {
         Ok(config) => config,
-        Err(error) => return (1, format!("shortbus: {}\n", error.cause())),
+        Err(error) => return (1, format!("shortbus: {}\n", cause(error.into()))),
     };
-    let source = |name: &str, default| if variable(name).is_some() { "environment" } else { default };
+    let source = |name: &str, default| if environment(name).is_some() { "environment" } else { default };
     let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
     let auth = if config.auth == Auth::Open { "open" } else { "signed" };
     // Never the key itself: what is shown here is pasted into reports.
-    let key = match (&config.auth, variable("SHORTBUS_KEY").map(|key| key.len())) {
+    let key = match (&config.auth, environment("SHORTBUS_KEY").map(|key| key.len())) {
         (Auth::Open, Some(_)) => "of no use: SHORTBUS_AUTH is not signed".into(),
         (Auth::Open, None) => "none".into(),
         (Auth::Signed(_), Some(length)) => format!("{length} bytes"),
@@ -89,11 +92,16 @@ fn test_message(config: &Config) -> Result<String, String> {
         let id = bus::publish(&mut store, 1, b"\"test\"", config.ttl, None).await?;
         bus::poll(&mut store, id - 1, None).await.map(|page| (id, page))
     });
-    let (id, page) = read_back.map_err(|error| error.cause())?;
-    let json = String::from_utf8_lossy(&page.json).into_owned();
+    let (id, page) = read_back.map_err(|error| cause(error.into()))?;
+    let json = String::from_utf8_lossy(&message::array(&page)).into_owned();
     if !json.starts_with(&format!("[{{\"id\":{id},\"user\":1,\"data\":\"test\"}}")) {
         return Err(format!("{server}: the test message came back as {json}"));
     }
     let micros = started.elapsed().as_micros();
     Ok(format!("{:22} {server}  {version}, a test message written and read back in {micros} µs", "memcached"))
+}
+
+/// What went wrong, for the person who checks.
+fn cause(error: Error) -> String {
+    error.cause(&error.row().2)
 }

@@ -2,11 +2,25 @@
 
 use std::ops::RangeInclusive;
 
-use crate::http::error::Error;
 use crate::limits;
+use crate::variables::{Variables, whole_number};
 
-/// A variable's value by its name, as the web server gave it.
-pub type Vars<'a> = &'a dyn Fn(&str) -> Option<Vec<u8>>;
+/// A setting that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// The setting's name.
+    pub name: &'static str,
+    /// Its value, for the operator; of a secret, what is wrong with it.
+    pub value: String,
+    /// What it may be.
+    pub allowed: &'static str,
+}
+
+impl Error {
+    fn new(name: &'static str, value: impl Into<String>, allowed: &'static str) -> Error {
+        Error { name, value: value.into(), allowed }
+    }
+}
 
 const TTL_ALLOWED: &str = "a whole number of seconds from 1 to 2592000";
 const BYTES_ALLOWED: &str = "a whole number of bytes from 1 to 1000000";
@@ -58,15 +72,15 @@ impl Config {
     /// request is held where nothing is set.
     ///
     /// # Errors
-    /// [`Error::Setting`] for the first setting that cannot be used: never a default in its place.
-    pub fn read(vars: Vars, argv0: &[u8], wait: u32) -> Result<Config, Error> {
-        let number = |name, default, range, allowed| number(vars, name, default, range, allowed);
-        let bus = match vars("SHORTBUS_BUS") {
+    /// An [`Error`] for the first setting that cannot be used: never a default in its place.
+    pub fn read(variables: Variables, argv0: &[u8], wait: u32) -> Result<Config, Error> {
+        let number = |name, default, range, allowed| number(variables, name, default, range, allowed);
+        let bus = match variables("SHORTBUS_BUS") {
             Some(name) => name,
             None => argv0.rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec(),
         };
         if bus.is_empty() {
-            return Err(Error::Setting("SHORTBUS_BUS", String::new(), BUS_ALLOWED));
+            return Err(Error::new("SHORTBUS_BUS", String::new(), BUS_ALLOWED));
         }
         Ok(Config {
             bus,
@@ -77,13 +91,13 @@ impl Config {
                 1..=limits::BYTES_MAX as u32,
                 BYTES_ALLOWED,
             )? as usize,
-            memcached: match list(vars, "SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)? {
+            memcached: match list(variables, "SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)? {
                 servers if servers.is_empty() => vec!["127.0.0.1:11211".into()],
                 servers => servers,
             },
-            allow_origin: list(vars, "SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
+            allow_origin: list(variables, "SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
             wait: number("SHORTBUS_WAIT", wait, 0..=limits::WAIT_MAX, WAIT_ALLOWED)?,
-            auth: auth(vars)?,
+            auth: auth(variables)?,
         })
     }
 
@@ -100,47 +114,52 @@ impl Config {
     }
 }
 
-fn auth(vars: Vars) -> Result<Auth, Error> {
-    let Some(auth) = vars("SHORTBUS_AUTH") else {
+fn auth(variables: Variables) -> Result<Auth, Error> {
+    let Some(auth) = variables("SHORTBUS_AUTH") else {
         return Ok(Auth::Open);
     };
     if auth != b"signed" {
-        return Err(Error::Setting("SHORTBUS_AUTH", String::from_utf8_lossy(&auth).into_owned(), AUTH_ALLOWED));
+        return Err(Error::new("SHORTBUS_AUTH", String::from_utf8_lossy(&auth).into_owned(), AUTH_ALLOWED));
     }
-    match vars("SHORTBUS_KEY") {
+    match variables("SHORTBUS_KEY") {
         // Its length only: what is logged is read by many.
         Some(key) if key.len() < limits::KEY_MIN => {
-            Err(Error::Setting("SHORTBUS_KEY", format!("{} bytes long", key.len()), KEY_ALLOWED))
+            Err(Error::new("SHORTBUS_KEY", format!("{} bytes long", key.len()), KEY_ALLOWED))
         }
         key => Ok(Auth::Signed(key)),
     }
 }
 
 fn number(
-    vars: Vars,
+    variables: Variables,
     name: &'static str,
     default: u32,
     range: RangeInclusive<u32>,
     allowed: &'static str,
 ) -> Result<u32, Error> {
-    let Some(value) = vars(name) else {
+    let Some(value) = variables(name) else {
         return Ok(default);
     };
     match whole_number(&value).and_then(|number| u32::try_from(number).ok()) {
         Some(number) if range.contains(&number) => Ok(number),
-        _ => Err(Error::Setting(name, String::from_utf8_lossy(&value).into_owned(), allowed)),
+        _ => Err(Error::new(name, String::from_utf8_lossy(&value).into_owned(), allowed)),
     }
 }
 
 /// A list separated by white space: empty where the variable is unset, never where it is set.
-fn list(vars: Vars, name: &'static str, allowed: &'static str, good: fn(&str) -> bool) -> Result<Vec<String>, Error> {
-    let Some(value) = vars(name) else {
+fn list(
+    variables: Variables,
+    name: &'static str,
+    allowed: &'static str,
+    good: fn(&str) -> bool,
+) -> Result<Vec<String>, Error> {
+    let Some(value) = variables(name) else {
         return Ok(Vec::new());
     };
     let text = String::from_utf8_lossy(&value);
     let items: Vec<String> = text.split_ascii_whitespace().map(String::from).collect();
     if items.is_empty() || !items.iter().all(|item| good(item)) || std::str::from_utf8(&value).is_err() {
-        return Err(Error::Setting(name, text.into_owned(), allowed));
+        return Err(Error::new(name, text.into_owned(), allowed));
     }
     Ok(items)
 }
@@ -159,10 +178,4 @@ fn is_origin(text: &str) -> bool {
         || text.split_once("://").is_some_and(|(scheme, host)| {
             [scheme, host].iter().all(|part| !part.is_empty() && part.bytes().all(plain)) && !host.ends_with(':')
         })
-}
-
-/// Digits and nothing else, at most 2^64-1: no sign, no space, no fraction.
-pub fn whole_number(text: &[u8]) -> Option<u64> {
-    let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
-    digits.then(|| std::str::from_utf8(text).ok()?.parse().ok()).flatten()
 }

@@ -1,21 +1,24 @@
 //! shortbus: a broadcasting message bus for browser pages, in one executable, for CGI and FastCGI.
 //!
-//! A web server starts the executable for each request, or once, as a FastCGI server that stays. Follow a request
-//! through the house:
-//! - `main` chooses: a request, a socket to serve, or a person at a terminal ([`cli`]);
-//! - [`cgi`] takes the request from the environment and stdin, and writes the response to stdout, at once;
-//! - [`server`] takes many from a socket, on tokio, each [`connection`] with the records that [`fastcgi`] reads and
-//!   writes;
-//! - [`config`] reads the settings, [`http`] checks the request and routes it;
-//! - [`files`] are the browser client and the page;
-//! - [`message`] checks what is published, [`signature`] by whom;
-//! - [`bus`] is the delivery protocol, the heart of it: join, publish, poll, over the operations of [`store`];
-//! - [`memcached`] carries them out, each batch in one write; [`pipeline`] for many requests on one connection;
-//! - [`held`] are the requests that wait for messages, [`hub`] tells them that there are some, [`watch`] finds what is
-//!   new for all of them at once, and [`event_stream`] puts it into the words that browsers expect;
-//! - [`turns`] lines up those who publish at the same time;
-//! - [`hash`] shortens long names for memcached, and tags the files;
-//! - [`error`] turns whatever fails into a status, a code and a sentence; [`limits`] holds every bound.
+//! `main` picks a front:
+//! - [`cgi`]: the web server starts a process for each request;
+//! - [`fastcgi`]: a process stays, and serves many requests from a socket, on tokio;
+//! - [`cli`]: a person at a terminal.
+//!
+//! Below the fronts:
+//! - [`http`]: what a request means, whichever front brought it: routes, parameters, origins, responses;
+//! - [`bus`]: the heart, the delivery protocol: join, publish, poll, over the operations of [`bus::store`];
+//! - [`stores`]: where messages live, each store one that carries out these operations;
+//! - [`browser`]: the client and the page that the bus serves;
+//! - [`config`]: the settings; [`variables`]: names and values as web servers give them; [`limits`]: every bound;
+//!   [`hash`]: shortens long names, and tags files.
+//!
+//! A poll under CGI: `main` calls [`cgi::serve`], which reads the settings and the body; [`http::answer`] reads the
+//! request's line ([`http::request`]) and calls [`bus::poll`], which runs its batches in a store
+//! ([`stores::memcached::blocking`]) and gives back a [`bus::Page`]; [`http::response`] makes JSON of it, and `cgi` writes it
+//! at once. A publish goes the same way, by [`http::message`], which checks the value, [`http::signature`] on a signed bus,
+//! and [`bus::publish`]. A stream under FastCGI takes the same way through [`http`], then waits in [`http::waiting`], where
+//! [`fastcgi::hub`] tells it what is new, and [`http::event_stream`] has the words for it.
 
 #![warn(missing_docs)]
 
@@ -29,3 +32,4 @@ pub mod hash;
 pub mod http;
 pub mod limits;
 pub mod stores;
+pub mod variables;

@@ -82,6 +82,9 @@ pub const REPLY_MESSAGES: usize = 1_000;
 /// Bytes after which a reply takes no further message; the first is always taken.
 pub const REPLY_BYTES: usize = 1 << 20;
 
+/// Bytes that a message takes in a reply beside its data, at most: names, punctuation and two ids of 16 digits.
+pub const REPLY_MESSAGE: usize = r#"{"id":,"user":,"data":},"#.len() + 2 * 16;
+
 /// Bytes of slots a poll looks through, its user's own included, before it answers with what it has.
 pub const SCAN_BYTES: usize = 16 << 20;
 
@@ -123,8 +126,8 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Apache wait themselves.
 pub const PEER_DEADLINE: Duration = Duration::from_secs(60);
 
-/// The same where it is one connection too many.
-pub const BEYOND_DEADLINE: Duration = Duration::from_secs(1);
+/// The same where its connection is refused.
+pub const REFUSED_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How long a process that was told to end finishes what it is answering: no reply takes longer than
 /// [`STORE_DEADLINE`], and a web server that does not read it is not waited for.
@@ -156,6 +159,6 @@ pub const RETRY_MILLIS: u32 = 1_000;
 /// with its cursor, and nothing is kept for it meanwhile.
 pub const STREAM_STALL: Duration = Duration::from_secs(10);
 
-/// How long a publisher waits for its turn among those of its process. With [`STORE_DEADLINE`] it keeps the promise of
+/// How long a publisher waits for its bus's lock in its process. With [`STORE_DEADLINE`] it keeps the promise of
 /// an answer within two seconds.
-pub const TURN: Duration = Duration::from_millis(250);
+pub const PUBLISH_LOCK: Duration = Duration::from_millis(250);

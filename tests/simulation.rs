@@ -18,9 +18,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use shortbus::bus::store::{Counter, Op, Reply, Store, StoreError};
-use shortbus::bus::{self, Once, Page};
-use shortbus::fastcgi::snapshot::{View, Window, look};
-use shortbus::http::error::Error;
+use shortbus::bus::{self, Error, IdempotencyKey, Page};
+use shortbus::fastcgi::snapshot::{CachedStore, Snapshot, refresh};
 use shortbus::limits;
 
 const SECOND: u64 = 1_000_000;
@@ -310,8 +309,10 @@ impl World {
     /// Runs the next operation of an exchange, or tells who dies instead.
     fn run_next(&mut self, at: usize) -> Option<usize> {
         let owner = self.exchanges[at].owner;
-        let write =
-            !matches!(self.exchanges[at].ops[0].0, Op::Last | Op::Get(_) | Op::Probe(_) | Op::Record(_) | Op::Key);
+        let write = !matches!(
+            self.exchanges[at].ops[0].0,
+            Op::Last | Op::Get(_) | Op::Probe(_) | Op::Record(_) | Op::SigningKey
+        );
         if write && owner.is_some() && self.rng.one_in(self.hazards.crash) {
             self.abandon(at, ["crash, cut off", "crash, runs on"]);
             return owner;
@@ -337,7 +338,7 @@ impl World {
         if taken && matches!((op, &reply), (Op::Advance(_), Ok(Reply::Stored))) {
             self.count("helped advance");
         }
-        if let (Op::Claim { .. }, Ok(Reply::Stored), Some(actor)) = (op, &reply, owner) {
+        if let (Op::CreateRecord { .. }, Ok(Reply::Stored), Some(actor)) = (op, &reply, owner) {
             self.lives[actor].claimed = self.now;
         }
         if let (Op::Record(_), Some(actor)) = (op, owner) {
@@ -395,7 +396,7 @@ impl World {
                 Some(_) => Reply::Taken,
                 None => Reply::Missing,
             },
-            Op::Add { .. } | Op::Claim { .. } | Op::Note(..) if self.rng.one_in(self.hazards.full) => {
+            Op::Add { .. } | Op::CreateRecord { .. } | Op::AppendRecord(..) if self.rng.one_in(self.hazards.full) => {
                 // It drops what the key held, too: "avoid stale data" in process_mset_command.
                 match *op {
                     Op::Add { id, .. } => drop(self.slots.remove(&id)),
@@ -428,8 +429,8 @@ impl World {
             }
             Op::Get(id) => self.slot(id).map_or(Reply::Missing, |value| Reply::Value(value.into())),
             Op::Probe(id) => self.slot(id).map_or(Reply::Missing, |_| Reply::Stored),
-            Op::Claim { .. } if self.record(&value).is_some() => Reply::Taken,
-            Op::Claim { token, ttl, .. } => {
+            Op::CreateRecord { .. } if self.record(&value).is_some() => Reply::Taken,
+            Op::CreateRecord { token, ttl, .. } => {
                 let claimed = self.tick();
                 let (text, expires) = (token.to_string(), claimed + u64::from(ttl));
                 let record = Record { text, claimed_at: self.now, claimed, expires, answered: vec![] };
@@ -438,7 +439,7 @@ impl World {
                 }
                 Reply::Stored
             }
-            Op::Note(_, id) => self.record(&value).map_or(Reply::Taken, |record| {
+            Op::AppendRecord(_, id) => self.record(&value).map_or(Reply::Taken, |record| {
                 record.text += &format!(" {id}");
                 Reply::Stored
             }),
@@ -448,9 +449,9 @@ impl World {
                 let reply = |record: &mut Record| Reply::Record(record.text.clone().into(), left(record));
                 self.record(&value).map_or(Reply::Missing, reply)
             }
-            Op::Key => self.key().map_or(Reply::Missing, Reply::Value),
-            Op::CreateKey(_) if self.key().is_some() => Reply::Taken,
-            Op::CreateKey(_) => {
+            Op::SigningKey => self.key().map_or(Reply::Missing, Reply::Value),
+            Op::CreateSigningKey(_) if self.key().is_some() => Reply::Taken,
+            Op::CreateSigningKey(_) => {
                 self.set_key(Some(value));
                 Reply::Stored
             }
@@ -562,11 +563,11 @@ fn user_of(data: u64) -> u64 {
 fn owned(op: Op) -> (Op<'static>, Vec<u8>) {
     let op = match op {
         Op::Add { id, value, ttl } => return (Op::Add { id, value: &[], ttl }, value.into()),
-        Op::Claim { once, token, ttl } => return (Op::Claim { once: "", token, ttl }, once.into()),
-        Op::Note(once, id) => return (Op::Note("", id), once.into()),
+        Op::CreateRecord { key, token, ttl } => return (Op::CreateRecord { key: "", token, ttl }, key.into()),
+        Op::AppendRecord(once, id) => return (Op::AppendRecord("", id), once.into()),
         Op::Record(once) => return (Op::Record(""), once.into()),
-        Op::CreateKey(key) => return (Op::CreateKey(&[]), key.into()),
-        Op::Key => Op::Key,
+        Op::CreateSigningKey(key) => return (Op::CreateSigningKey(&[]), key.into()),
+        Op::SigningKey => Op::SigningKey,
         Op::Last => Op::Last,
         Op::Create(start) => Op::Create(start),
         Op::Advance(cas) => Op::Advance(cas),
@@ -593,7 +594,7 @@ impl Store for Client {
         match (self.protocol, add, batch) {
             (Protocol::AdvanceBeforeAdd, Some(add), _) => order.swap(add, add + 1),
             (Protocol::SlotsBeforeLast, _, [Op::Last, Op::Get(_), ..]) => order.rotate_left(1),
-            (Protocol::SlotBeforeNote, Some(add), [Op::Note(..), ..]) => order[..=add].rotate_left(1),
+            (Protocol::SlotBeforeNote, Some(add), [Op::AppendRecord(..), ..]) => order[..=add].rotate_left(1),
             _ => {}
         }
         if let (Protocol::RecordBeforeLast, Some(twice), [.., Op::Record(_)]) = (self.protocol, twice, batch) {
@@ -717,7 +718,7 @@ async fn publish(client: &mut Client, data: u64, token: Option<u64>) -> bool {
     let began = world.borrow().tick();
     let name = format!("{user}:{}", data % OTHER);
     let (once_ttl, repeatable) = (world.borrow().once_ttl as u32, token.is_some());
-    let once = token.map(|token| Once { name: &name, token, ttl: once_ttl });
+    let once = token.map(|token| IdempotencyKey { name: &name, token, ttl: once_ttl });
     let result = bus::publish(client, user, data.to_string().as_bytes(), ttl as u32, once).await;
     let world = &mut *world.borrow_mut();
     world.log(|| format!("{me}: {data} {result:?}"));
@@ -767,7 +768,7 @@ async fn publish(client: &mut Client, data: u64, token: Option<u64>) -> bool {
                 world.acknowledged.push((message, begun.min(message.at), now));
             }
         }
-        Err(Error::Undecided | Error::Expired) if repeatable => {
+        Err(Error::OnceUndecided | Error::OnceExpired) if repeatable => {
             // A working repeat has to wait for the lease, and to come in time, and for nothing else.
             let due = first && world.lives[me].claimed == claimed_at || age(began) >= u64::from(limits::ONCE_LEASE);
             let in_time = age(tick) <= ttl;
@@ -776,7 +777,7 @@ async fn publish(client: &mut Client, data: u64, token: Option<u64>) -> bool {
                 world.violate("undecided", data.to_string());
             }
         }
-        Err(Error::Differs) if repeatable => {
+        Err(Error::OnceDiffers) if repeatable => {
             world.count("differs");
             let other = |stored: &Stored| stored.data.abs_diff(data) == OTHER;
             if clean && !world.stored.iter().any(other) {
@@ -833,7 +834,7 @@ async fn poller(mut client: Client, mut poller: Poller, joins: bool) {
 /// What one process's watcher found.
 #[derive(Default)]
 struct Watched {
-    window: RefCell<Window>,
+    snapshot: RefCell<Snapshot>,
     /// When the look began that the window is from.
     begun: Cell<u64>,
     /// It will not look again.
@@ -844,8 +845,8 @@ async fn watcher(mut client: Client, watched: Rc<Watched>) {
     let world = client.world.clone();
     while !watched.done.get() {
         let (begun, all_published) = (world.borrow().now, world.borrow().publishing == 0);
-        if let Ok(news) = look(&mut client, &watched.window).await {
-            watched.window.borrow_mut().take(news);
+        if let Ok(update) = refresh(&mut client, &watched.snapshot).await {
+            watched.snapshot.borrow_mut().apply(update);
             watched.begun.set(begun);
             watched.done.set(all_published);
         }
@@ -866,15 +867,16 @@ async fn waiter(mut client: Client, mut poller: Poller, watched: Rc<Watched>) {
     let mut asked = None;
     loop {
         world.borrow_mut().lives[me].cost = [0; 3];
-        let (done, last, turns) = (watched.done.get(), watched.window.borrow().last(), watched.window.borrow().turns());
+        let (done, last, epoch) =
+            (watched.done.get(), watched.snapshot.borrow().last(), watched.snapshot.borrow().epoch());
         let mut begun = world.borrow().now;
-        let page = if asked.replace(turns) != Some(turns) {
+        let page = if asked.replace(epoch) != Some(epoch) {
             bus::poll(&mut client, poller.cursor, poller.except).await
         } else if last > Some(poller.cursor) {
             begun = watched.begun.get();
-            world.borrow_mut().count("poll of a window");
+            world.borrow_mut().count("poll of a snapshot");
             let store = Client { world: world.clone(), actor: me, protocol: client.protocol, token: String::new() };
-            bus::poll(&mut View { window: &watched.window, store }, poller.cursor, poller.except).await
+            bus::poll(&mut CachedStore { snapshot: &watched.snapshot, store }, poller.cursor, poller.except).await
         } else if done {
             break;
         } else {
@@ -890,13 +892,12 @@ async fn waiter(mut client: Client, mut poller: Poller, watched: Rc<Watched>) {
 
 /// Id and data of a page's messages.
 fn messages(page: &Page) -> Vec<(u64, u64)> {
-    let json: serde_json::Value = serde_json::from_slice(&page.json).expect("JSON");
-    let message = |row: &serde_json::Value| {
-        let [id, user, data] = ["id", "user", "data"].map(|name| row[name].as_u64().expect(name));
-        assert_eq!(user, user_of(data), "the sender of {data}, {id}");
-        (id, data)
+    let message = |message: &bus::Message| {
+        let data = std::str::from_utf8(message.data()).unwrap().parse().expect("a number");
+        assert_eq!(message.user, user_of(data), "the sender of {data}, {}", message.id);
+        (message.id, data)
     };
-    json.as_array().expect("an array").iter().map(message).collect()
+    page.messages.iter().map(message).collect()
 }
 
 impl Poller {
@@ -1150,7 +1151,7 @@ fn an_acknowledged_message_reaches_everyone_exactly_once_in_one_order() {
     let crashes = ["crash, cut off", "crash, runs on", "timeout, cut off", "timeout, runs on"];
     let time = ["pause", "pause beyond 2 s", "expiry", "stale re-read", "missed"];
     let paths =
-        ["taken", "torn read", "helped advance", "gallop", "owed", "send in two round trips", "poll of a window"];
+        ["taken", "torn read", "helped advance", "gallop", "owed", "send in two round trips", "poll of a snapshot"];
     let firsts = ["first at work", "too long ago", "claimed again", "first send in two round trips"];
     let repeats = ["answer to a repeat", "published by a repeat", "differs"];
     simulate_all(test, SEED..SEED + CLEAN, true, &[&crashes[..], &time, &paths, &firsts, &repeats].concat());
@@ -1195,7 +1196,7 @@ async fn key_asker(mut client: Client, n: u64) {
         client.idle(SECOND).await;
         let begun = world.borrow().now;
         let fresh = world.borrow_mut().rng.one_in(2).then(|| vec![n as u8, request]);
-        if let Ok(key) = bus::key(&mut client, fresh.as_deref()).await {
+        if let Ok(key) = bus::signing_key(&mut client, fresh.as_deref()).await {
             let world = &mut *world.borrow_mut();
             // One that was the bus's meanwhile: at most two, and none where there is none.
             let during = world.keys.iter().rposition(|&(since, _)| since <= begun).unwrap_or(0);

@@ -35,7 +35,7 @@ async fn serve(mut stream: UnixStream) -> io::Result<()> {
             Poll::Ready(io::Result::Ok(!wrong && !buffer.filled().is_empty()))
         })
         .await?;
-        if let Some(request) = parser.take_request() {
+        if let Some(request) = parser.split_request() {
             fastcgi::reply(&mut out, request.id, include_bytes!("reply.http"), b"");
             let written = poll_fn(|context| Pin::new(&mut stream).poll_write(context, &out)).await?;
             more &= written == out.len() && request.keep;

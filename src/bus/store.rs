@@ -1,8 +1,9 @@
 //! What the delivery protocol asks of memcached, and nothing more.
 //!
-//! Its drivers: [`crate::stores::memcached::blocking`], [`crate::stores::memcached::pipelined`], and the model under a seeded scheduler in
-//! `tests/simulation.rs`; and [`crate::fastcgi::snapshot::View`], which answers from memory what it can.
+//! The stores are [`crate::stores`], and the model under a seeded scheduler in the simulation. [`crate::fastcgi::snapshot`]
+//! answers from memory what it can.
 
+use std::fmt;
 use std::time::Duration;
 
 /// One operation on a bus's keys: the counter `last`, and a slot per message id.
@@ -20,7 +21,7 @@ pub enum Op<'a> {
     Add {
         /// The slot.
         id: u64,
-        /// Who sent it, a space, the message.
+        /// The sender, a space, the message.
         value: &'a [u8],
         /// Seconds, as memcached counts them.
         ttl: u32,
@@ -29,23 +30,23 @@ pub enum Op<'a> {
     Get(u64),
     /// Whether a slot lives, without its value: [`Reply::Stored`] or [`Reply::Missing`].
     Probe(u64),
-    /// Write the record of a send that may be repeated, unless there is one: [`Reply::Stored`] or [`Reply::Taken`].
-    Claim {
-        /// The user's id, a colon, the user's name for the send: the record's key.
-        once: &'a str,
+    /// Write an idempotency record, unless there is one: [`Reply::Stored`] or [`Reply::Taken`].
+    CreateRecord {
+        /// The idempotency key: the user's id, a colon, the user's name for the send.
+        key: &'a str,
         /// What the record begins with.
         token: u64,
         /// Seconds, as memcached counts them.
         ttl: u32,
     },
     /// Append a space and an id to a record: [`Reply::Stored`] or [`Reply::Taken`], where there is none.
-    Note(&'a str, u64),
+    AppendRecord(&'a str, u64),
     /// Read a record: [`Reply::Record`] or [`Reply::Missing`].
     Record(&'a str),
-    /// Read the bus key: [`Reply::Value`] or [`Reply::Missing`].
-    Key,
-    /// Write the bus key, which never expires, unless there is one: [`Reply::Stored`] or [`Reply::Taken`].
-    CreateKey(&'a [u8]),
+    /// Read the signing key: [`Reply::Value`] or [`Reply::Missing`].
+    SigningKey,
+    /// Write the signing key, which never expires, unless there is one: [`Reply::Stored`] or [`Reply::Taken`].
+    CreateSigningKey(&'a [u8]),
 }
 
 /// The answer to one [`Op`].
@@ -53,7 +54,7 @@ pub enum Op<'a> {
 pub enum Reply {
     /// `last` and its CAS token.
     Counter(Counter),
-    /// A slot's value, or the bus key.
+    /// A slot's value, or the signing key.
     Value(Vec<u8>),
     /// A record, and for how many seconds, as memcached counts them, it lives still.
     Record(Vec<u8>, u32),
@@ -89,6 +90,20 @@ pub enum StoreError {
     Full(String),
     /// It closed the connection in the middle, or answered something else than memcached would.
     Broken(String),
+}
+
+impl fmt::Display for StoreError {
+    /// For the operator.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoreError::Unreachable(cause) => write!(f, "cannot reach memcached: {cause}"),
+            StoreError::Timeout(cause) => write!(f, "memcached does not answer in time: {cause}"),
+            StoreError::Late(cause) => write!(f, "no time left to ask memcached: {cause}"),
+            StoreError::TooOld(cause) => write!(f, "memcached is older than 1.6.10, no meta commands: {cause}"),
+            StoreError::Full(cause) => write!(f, "memcached will not store the message: {cause}"),
+            StoreError::Broken(cause) => write!(f, "memcached does not answer as memcached: {cause}"),
+        }
+    }
 }
 
 /// A bus's keys in one memcached.

@@ -166,7 +166,7 @@ impl Parser {
     ) -> Result<(), Malformed> {
         while !bytes.is_empty() {
             if self.have < HEADER {
-                let head = take(&mut bytes, HEADER - self.have);
+                let head = split_front(&mut bytes, HEADER - self.have);
                 self.header[self.have..self.have + head.len()].copy_from_slice(head);
                 self.have += head.len();
                 if self.have < HEADER {
@@ -174,10 +174,10 @@ impl Parser {
                 }
                 self.begin_record()?;
             }
-            let content = take(&mut bytes, self.content);
+            let content = split_front(&mut bytes, self.content);
             self.content -= content.len();
-            self.take_content(content);
-            self.padding -= take(&mut bytes, self.padding).len();
+            self.append_content(content);
+            self.padding -= split_front(&mut bytes, self.padding).len();
             if self.content + self.padding == 0 {
                 self.have = 0;
                 self.end_record(out, body_limit)?;
@@ -187,7 +187,7 @@ impl Parser {
     }
 
     /// The request, once, when it is complete; [`Parser::answered`] has to follow.
-    pub fn take_request(&mut self) -> Option<Request> {
+    pub fn split_request(&mut self) -> Option<Request> {
         let ready = self.phase == Phase::Complete && self.request.id != 0;
         ready.then(|| std::mem::take(&mut self.request))
     }
@@ -243,7 +243,7 @@ impl Parser {
         Err(Malformed(wrong))
     }
 
-    fn take_content(&mut self, content: &[u8]) {
+    fn append_content(&mut self, content: &[u8]) {
         match (self.kind(), self.record_id()) {
             (BEGIN_REQUEST, _) | (GET_VALUES, 0) => self.whole.extend_from_slice(content),
             (PARAMS, _) if self.is_current() => self.request.parameters.append(content),
@@ -298,8 +298,8 @@ impl Parser {
     }
 }
 
-/// Takes at most so many bytes off the front.
-fn take<'a>(bytes: &mut &'a [u8], most: usize) -> &'a [u8] {
+/// Splits at most so many bytes off the front.
+fn split_front<'a>(bytes: &mut &'a [u8], most: usize) -> &'a [u8] {
     let (front, rest) = bytes.split_at(bytes.len().min(most));
     *bytes = rest;
     front
@@ -406,7 +406,7 @@ mod tests {
         for piece in bytes.chunks(piece) {
             parser.feed(piece, &mut out, &|_| LIMIT)?;
         }
-        Ok((parser.take_request(), out, parser))
+        Ok((parser.split_request(), out, parser))
     }
 
     #[test]
@@ -572,7 +572,7 @@ mod tests {
                     refused += 1;
                     break;
                 }
-                if let Some(request) = parser.take_request() {
+                if let Some(request) = parser.split_request() {
                     requests += 1;
                     assert!(request.body.len() <= 3 && request.parameters.pairs.len() <= bytes.len());
                     parser.answered();

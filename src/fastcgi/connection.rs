@@ -1,17 +1,15 @@
-//! A web server's connection, on tokio.
+//! Bytes on a web server's connection, on tokio.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::io;
-use std::pin::{Pin, pin};
-use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use tokio::time::{sleep_until, timeout};
+use tokio::select;
+use tokio::time::sleep_until;
 
-use crate::fastcgi::codec::{Parameters, Parser};
-use crate::fastcgi::hub::Waiter;
+use super::codec::{Parameters, Parser};
 use crate::limits;
 
 /// One connection of a web server. It holds no buffer while it waits.
@@ -35,41 +33,45 @@ impl Connection {
     /// # Errors
     /// It is closed, or speaks no FastCGI: it is good for nothing any more.
     pub async fn read(&mut self, body_limit: &dyn Fn(&Parameters) -> usize) -> io::Result<()> {
-        poll_fn(|context| self.poll_read(context, body_limit)).await
-    }
-
-    fn poll_read(&mut self, context: &mut Context, body_limit: &dyn Fn(&Parameters) -> usize) -> Poll<io::Result<()>> {
-        let mut buffer = [0; BUFFER];
-        let mut buffer = ReadBuf::new(&mut buffer);
-        ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
-        if buffer.filled().is_empty() {
-            return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+        loop {
+            self.stream.readable().await?;
+            match self.try_read(body_limit) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return read,
+            }
         }
-        let fed = self.parser.feed(buffer.filled(), &mut self.out, body_limit);
-        Poll::Ready(fed.map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed.0)))
     }
 
-    /// Waits until there may be something new, or `until`, or the web server gives up; or a record wants an answer.
+    fn try_read(&mut self, body_limit: &dyn Fn(&Parameters) -> usize) -> io::Result<()> {
+        let mut buffer = [0; BUFFER];
+        let read = self.stream.try_read(&mut buffer)?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let fed = self.parser.feed(&buffer[..read], &mut self.out, body_limit);
+        fed.map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed.0))
+    }
+
+    /// Waits until `changed`, or `until`, or the web server gives up; or a record wants an answer, which is written.
     ///
     /// # Errors
     /// As [`Connection::read`] and [`Connection::flush`].
-    pub async fn idle(&mut self, waiter: &mut Waiter, until: Instant) -> io::Result<()> {
-        let mut changed = pin!(waiter.changed());
-        let mut alarm = pin!(sleep_until(until.into()));
-        poll_fn(|context| {
-            while let Poll::Ready(read) = self.poll_read(context, &|_| 0) {
-                read?;
+    pub async fn idle(&mut self, changed: impl Future<Output = ()>, until: Instant) -> io::Result<()> {
+        let heard = async {
+            loop {
+                self.read(&|_| 0).await?;
                 if self.parser.is_aborted() || !self.out.is_empty() {
-                    return Poll::Ready(Ok(()));
+                    return io::Result::Ok(());
                 }
             }
-            if changed.as_mut().poll(context).is_ready() || alarm.as_mut().poll(context).is_ready() {
-                return Poll::Ready(io::Result::Ok(()));
-            }
-            Poll::Pending
-        })
-        .await?;
-        within(limits::STREAM_STALL, self.flush()).await
+        };
+        select! {
+            biased;
+            heard = heard => heard,
+            () = changed => Ok(()),
+            () = sleep_until(until.into()) => Ok(()),
+        }?;
+        timeout(limits::STREAM_STALL, self.flush()).await
     }
 
     /// Writes all, as long as the other side keeps taking it.
@@ -80,8 +82,7 @@ impl Connection {
         let out = std::mem::take(&mut self.out);
         let mut rest = &out[..];
         while !rest.is_empty() {
-            let write = poll_fn(|context| Pin::new(&mut self.stream).poll_write(context, rest));
-            let written = within(limits::PEER_DEADLINE, write).await?;
+            let written = timeout(limits::PEER_DEADLINE, self.stream.write(rest)).await?;
             rest = &rest[written..];
         }
         Ok(())
@@ -95,6 +96,6 @@ const BUFFER: usize = 4096;
 ///
 /// # Errors
 /// `TimedOut`, and the work's own.
-pub async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    timeout(limit, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+pub async fn timeout<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

@@ -1,4 +1,4 @@
-//! Those who wait for messages in this process, and one watcher for each bus that somebody waits for.
+//! The subscribers of this process, and one watcher for each bus that has some.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,25 +9,23 @@ use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 
+use super::snapshot::{CachedStore, Snapshot, refresh};
+use crate::bus::name::Place;
 use crate::bus::{self, Page};
-use crate::fastcgi::snapshot::{View, Window, look};
-use crate::http::error::Error;
 use crate::limits;
 use crate::stores::memcached::pipelined::{Pipelined, Pool};
 
-/// The buses of this process that somebody waits for.
+/// The buses of this process that have subscribers.
 pub struct Hubs {
     pool: Rc<Pool>,
-    hubs: RefCell<HashMap<Vec<u8>, Rc<Hub>>>,
+    hubs: RefCell<HashMap<Place, Rc<Hub>>>,
     /// The watchers ask together, so that they share round trips.
     started: Instant,
 }
 
 struct Hub {
-    key: Vec<u8>,
-    server: String,
-    bus: Vec<u8>,
-    window: RefCell<Window>,
+    place: Place,
+    snapshot: RefCell<Snapshot>,
     changed: watch::Sender<()>,
     /// Something was published in this process.
     published: Notify,
@@ -39,57 +37,54 @@ impl Hubs {
         Hubs { pool, hubs: RefCell::default(), started: Instant::now() }
     }
 
-    /// Waits for the messages after `after` of a bus in this memcached, but those of `except`.
-    pub fn wait(self: &Rc<Hubs>, server: &str, bus: &[u8], after: u64, except: Option<u64>) -> Waiter {
-        let key = key(server, bus);
+    /// Waits for the messages after `after` of the bus at this place, but those of `except`.
+    pub fn subscribe(self: &Rc<Hubs>, place: Place, after: u64, except: Option<u64>) -> Subscriber {
         let mut hubs = self.hubs.borrow_mut();
-        let hub = hubs.entry(key).or_insert_with_key(|key| {
+        let hub = hubs.entry(place).or_insert_with_key(|place| {
             let hub = Rc::new(Hub {
-                key: key.clone(),
-                server: server.into(),
-                bus: bus.into(),
-                window: RefCell::default(),
+                place: place.clone(),
+                snapshot: RefCell::default(),
                 changed: watch::Sender::default(),
                 published: Notify::new(),
             });
             spawn_local(self.clone().watch(hub.clone()));
             hub
         });
-        Waiter {
+        Subscriber {
             pool: self.pool.clone(),
             changed: hub.changed.subscribe(),
             hub: hub.clone(),
             after,
             except,
-            turns: None,
+            epoch: None,
         }
     }
 
-    /// Tells the watcher of the bus with this [`key`], if there is one, that something was published.
-    pub fn published(&self, key: &[u8]) {
-        if let Some(hub) = self.hubs.borrow().get(key) {
+    /// Tells the watcher of this bus, if there is one, that something was published.
+    pub fn published(&self, place: &Place) {
+        if let Some(hub) = self.hubs.borrow().get(place) {
             hub.published.notify_one();
         }
     }
 
-    /// Makes all who wait look up.
+    /// Wakes all subscribers.
     pub fn wake(&self) {
         self.hubs.borrow().values().for_each(|hub| hub.changed.send_replace(()));
     }
 
-    /// Asks memcached for as long as somebody waits.
+    /// Asks the store for as long as there are subscribers.
     async fn watch(self: Rc<Hubs>, hub: Rc<Hub>) {
         let mut failures = 0;
         while hub.changed.receiver_count() > 0 {
-            let found = look(&mut hub.store(&self.pool), &hub.window).await;
-            failures = if found.is_ok() { 0 } else { failures + 1 };
-            if found.is_ok_and(|news| hub.window.borrow_mut().take(news)) {
+            let update = refresh(&mut self.pool.open(&hub.place), &hub.snapshot).await;
+            failures = if update.is_ok() { 0 } else { failures + 1 };
+            if update.is_ok_and(|update| hub.snapshot.borrow_mut().apply(update)) {
                 hub.changed.send_replace(());
             }
             let pause = limits::WATCH_INTERVAL * (1 << failures.min(7));
             let _ = timeout(pause - self.phase(pause), hub.published.notified()).await;
         }
-        self.hubs.borrow_mut().remove(&hub.key);
+        self.hubs.borrow_mut().remove(&hub.place);
     }
 
     /// How much of an interval is over.
@@ -98,60 +93,44 @@ impl Hubs {
     }
 }
 
-/// A bus's place, whatever the bytes of its name.
-pub fn key(server: &str, bus: &[u8]) -> Vec<u8> {
-    [server.as_bytes(), b" ", bus].concat()
-}
-
-impl Hub {
-    fn store(&self, pool: &Rc<Pool>) -> Pipelined {
-        pool.open(std::slice::from_ref(&self.server), &self.bus)
-    }
-}
-
-/// One who waits.
-pub struct Waiter {
+/// A request that waits for a bus's messages.
+pub struct Subscriber {
     pool: Rc<Pool>,
     hub: Rc<Hub>,
     changed: watch::Receiver<()>,
     after: u64,
     except: Option<u64>,
-    /// [`Window::turns`] when memcached itself was asked.
-    turns: Option<u64>,
+    /// [`Snapshot::epoch`] when the store itself was asked.
+    epoch: Option<u64>,
 }
 
-impl Waiter {
-    /// The cursor.
-    pub fn after(&self) -> u64 {
-        self.after
-    }
-
+impl Subscriber {
     /// Returns when there may be something new.
     pub async fn changed(&mut self) {
-        // The sender lives in the hub, and the hub as long as its waiters.
+        // The sender lives in the hub, and the hub as long as its subscribers.
         let _ = self.changed.changed().await;
     }
 
-    /// What is new, if anything may be. Asks memcached the first time: something may have come since the cursor was
-    /// read and before this one waited.
+    /// What is new, if anything may be. Asks the store itself the first time: something may have come since the cursor
+    /// was read and before this one subscribed.
     ///
     /// # Errors
-    /// As [`bus::poll`]. The cursor stays, and memcached is asked again the next time.
-    pub async fn poll(&mut self) -> Result<Option<Page>, Error> {
+    /// As [`bus::poll`]. The cursor stays, and the store itself is asked again the next time.
+    pub async fn poll(&mut self) -> Result<Option<Page>, bus::Error> {
         self.changed.mark_unchanged();
-        let (last, turns) = (self.hub.window.borrow().last(), self.hub.window.borrow().turns());
-        if self.turns == Some(turns) && last.is_none_or(|last| last <= self.after) {
+        let (last, epoch) = (self.hub.snapshot.borrow().last(), self.hub.snapshot.borrow().epoch());
+        if self.epoch == Some(epoch) && last.is_none_or(|last| last <= self.after) {
             return Ok(None);
         }
         let (hub, after, except) = (&self.hub, self.after, self.except);
-        let mut store = hub.store(&self.pool);
-        let page = match self.turns.replace(turns) == Some(turns) {
-            true => bus::poll(&mut View { window: &hub.window, store }, after, except).await,
+        let mut store: Pipelined = self.pool.open(&hub.place);
+        let page = match self.epoch.replace(epoch) == Some(epoch) {
+            true => bus::poll(&mut CachedStore { snapshot: &hub.snapshot, store }, after, except).await,
             false => bus::poll(&mut store, after, except).await,
         };
         match &page {
             Ok(page) => self.after = page.last_id,
-            Err(_) => self.turns = None,
+            Err(_) => self.epoch = None,
         }
         page.map(Some)
     }

@@ -1,8 +1,10 @@
 //! The persistent mode: serves FastCGI on a listening socket, many requests at a time, on one thread.
 //!
-//! A web server or systemd starts the executable with the socket as fd 0, or systemd as fd 3. Each connection is a task
-//! of its own ([`crate::fastcgi::connection`], [`crate::fastcgi::waiting`]); each request goes through the same [`http::answer`] as in CGI, with
-//! FastCGI's parameters in the place of the environment. Settings may come from either.
+//! A web server or systemd starts the executable with the socket as fd 0, or systemd as fd 3. Each [`connection`] is a task
+//! of its own, with the records that [`codec`] reads and writes; each request goes through the same [`http::answer`] as in
+//! CGI, with FastCGI's parameters in the place of the environment. Settings may come from either. Requests that wait are
+//! [`waiting`]'s: [`hub`] tells them what is new, out of a [`snapshot`]. [`publishers`] go one
+//! after the other on a bus.
 
 pub mod codec;
 pub mod connection;
@@ -12,33 +14,35 @@ pub mod snapshot;
 pub mod waiting;
 
 use std::cell::Cell;
-use std::future::{Future, poll_fn};
 use std::io;
 use std::net::TcpStream as StdTcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
-use std::task::Poll;
+use std::sync::Arc;
 
 use socket2::{Domain, SockRef, Socket};
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 use tokio::runtime::{Builder, LocalOptions};
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Notify;
+use tokio::select;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::{sleep, timeout};
 
-use crate::cgi::variable;
-use crate::config::Config;
-use crate::fastcgi::codec::{Parameters, Request};
-use crate::fastcgi::connection::{Connection, within};
-use crate::fastcgi::publishers::Turns;
+use crate::config::{self, Config};
 use crate::http::error::Error;
-use crate::http::{self, Response};
+use crate::http::response::Response;
+use crate::http::{self, request, waiting::Waiting};
 use crate::limits;
-use crate::stores::memcached::blocking::home;
+use crate::stores::memcached::codec::place;
 use crate::stores::memcached::pipelined::Pool;
+use crate::variables::environment;
+use codec::{Parameters, Request};
+use connection::Connection;
 use hub::Hubs;
+use publishers::PublishLocks;
+use waiting::Waiter;
 
 /// The socket to serve, if this process was started with one: fd 0, or systemd's first, fd 3 (sd_listen_fds(3)).
 ///
@@ -48,7 +52,7 @@ pub fn listener() -> Option<Socket> {
         let socket = SockRef::from(&fd);
         socket.is_listener().is_ok_and(|yes| yes).then(|| socket.try_clone().ok()).flatten()
     };
-    let is_ours = variable("LISTEN_PID").is_some_and(|pid| pid == std::process::id().to_string().as_bytes());
+    let is_ours = environment("LISTEN_PID").is_some_and(|pid| pid == std::process::id().to_string().as_bytes());
     listening(std::io::stdin().as_fd()).or_else(|| {
         // SAFETY: if fd 3 is not open, the one system call on it says so.
         is_ours.then(|| listening(unsafe { BorrowedFd::borrow_raw(3) })).flatten()
@@ -67,16 +71,17 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
         limits::CONNECTIONS.min(files().saturating_sub(limits::FILES_SPARE + limits::CONNECTIONS_REFUSED)).max(1);
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let pool = Rc::<Pool>::default();
+    // Requests that wait leave room for those that do not.
+    let waiting = connections - (connections / 8).max(1);
     let server = Server {
         argv0: argv0.to_vec(),
         hubs: Rc::new(Hubs::new(pool.clone())),
-        turns: Rc::default(),
+        locks: Rc::default(),
         pool,
-        held: Cell::new(0),
-        connections,
-        open: Cell::new(0),
-        answering: Cell::new(0),
-        fewer: Notify::new(),
+        places: Arc::new(Semaphore::new(connections)),
+        refusals: Arc::new(Semaphore::new(limits::CONNECTIONS_REFUSED)),
+        waiting: Semaphore::new(waiting),
+        answering: watch::Sender::new(0),
         room: Notify::new(),
         stopping: Cell::new(false),
     };
@@ -102,57 +107,57 @@ fn files() -> usize {
 struct Server {
     argv0: Vec<u8>,
     pool: Rc<Pool>,
-    /// How many connections are served.
-    connections: usize,
-    /// How many there are.
-    open: Cell<usize>,
-    /// How many requests have begun to arrive and are not answered yet.
-    answering: Cell<usize>,
-    /// How many of them are held.
-    held: Cell<usize>,
     hubs: Rc<Hubs>,
-    turns: Rc<Turns>,
-    /// Told when either has gone down.
-    fewer: Notify,
-    /// Told when a connection that does nothing is to make room for another.
+    locks: Rc<PublishLocks>,
+    /// A permit for each connection that can be served.
+    places: Arc<Semaphore>,
+    /// A permit for each connection beyond these that can be told so.
+    refusals: Arc<Semaphore>,
+    /// A permit for each request that may wait.
+    waiting: Semaphore,
+    /// How many requests have begun to arrive and are not answered yet.
+    answering: watch::Sender<usize>,
+    /// Notified when a connection that does nothing is to make room for another.
     room: Notify,
     /// No further request is taken.
     stopping: Cell<bool>,
 }
 
+/// What lets a connection in.
+struct Admission {
+    _permit: OwnedSemaphorePermit,
+    /// It has none of the places, and is there to be told so.
+    refused: bool,
+}
+
 impl Server {
     async fn run(self: Rc<Server>, listener: Socket) -> io::Result<()> {
-        let signals = [SignalKind::terminate(), SignalKind::user_defined1(), SignalKind::interrupt()];
-        let mut signals = signals.map(signal).into_iter().collect::<io::Result<Vec<Signal>>>()?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut close_all = signal(SignalKind::user_defined1())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
         listener.set_nonblocking(true)?;
         let tcp = listener.domain().is_ok_and(|domain| domain != Domain::UNIX);
         // SAFETY: a socket has the one file descriptor that it owns for as long as it lives.
         let listener = unsafe { AsyncFd::register(listener)? };
-        {
-            let mut accept = std::pin::pin!(self.accept(&listener, tcp));
-            poll_fn(|context| {
-                let ended = signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
-                if ended { Poll::Ready(()) } else { accept.as_mut().poll(context).map(|never| match never {}) }
-            })
-            .await;
+        select! {
+            _ = terminate.recv() => {}
+            _ = close_all.recv() => {}
+            _ = interrupt.recv() => {}
+            never = self.accept(&listener, tcp) => match never {},
         }
-        // Others may go on with the socket; those who wait in its queue are not ours.
+        // Other processes may go on with the socket; the connections in its queue are not ours.
         drop(listener);
         self.stopping.set(true);
         self.hubs.wake();
         // What has arrived, but was not looked at yet, is answered still.
         sleep(limits::ACCEPT_PAUSE).await;
-        let _ = timeout(limits::GRACE, async {
-            while self.answering.get() > 0 {
-                self.fewer.notified().await;
-            }
-        })
-        .await;
+        let _ = timeout(limits::GRACE, self.answering.subscribe().wait_for(|&requests| requests == 0)).await;
         Ok(())
     }
 
     async fn accept(self: &Rc<Server>, listener: &AsyncFd<Socket>, tcp: bool) -> std::convert::Infallible {
         loop {
+            let mut admission = self.admit().await;
             let accepted = match listener.readable().await {
                 Ok(mut ready) => ready.try_io(|listener| listener.get_ref().accept()),
                 Err(error) => Ok(Err(error)),
@@ -160,40 +165,45 @@ impl Server {
             let stream = match accepted {
                 // Another process was first.
                 Err(_would_block) => continue,
-                Ok(accepted) => accepted.and_then(|(socket, _)| {
-                    socket.set_nonblocking(true)?;
-                    if tcp {
-                        // A stream's messages go out at once; web servers that are slow to acknowledge cost 40 ms.
-                        socket.set_tcp_nodelay(true)?;
-                        // One whose host has gone does not keep its place.
-                        socket.set_keepalive(true)?;
-                    }
-                    TcpStream::from_std(StdTcpStream::from(OwnedFd::from(socket)))
-                }),
+                Ok(accepted) => accepted.and_then(|(socket, _)| to_stream(socket, tcp)),
             };
             match stream {
                 Ok(stream) => {
-                    // Counted here: its task may run only after many more were accepted.
-                    let open = Counted::new(self.clone(), |server| &server.open);
-                    let beyond = self.open.get() > self.connections;
-                    if beyond {
+                    self.find_place(&mut admission);
+                    if admission.refused {
                         self.room.notify_one();
                     }
-                    drop(spawn_local(self.clone().converse(stream, open, beyond)));
-                    // Else a long queue lets nobody else run.
+                    drop(spawn_local(self.clone().converse(stream, admission)));
+                    // Without it a long queue lets no other task run.
                     yield_now().await;
                 }
                 // No file descriptors, no memory: some will be free again. The rest wait in the queue.
                 Err(_) => sleep(limits::ACCEPT_PAUSE).await,
             }
-            while self.open.get() >= self.connections + limits::CONNECTIONS_REFUSED {
-                self.fewer.notified().await;
-            }
+        }
+    }
+
+    /// Waits until a connection may be accepted, be it to be refused.
+    async fn admit(&self) -> Admission {
+        let (permit, refused) = select! {
+            biased;
+            place = self.places.clone().acquire_owned() => (place, false),
+            refusal = self.refusals.clone().acquire_owned() => (refusal, true),
+        };
+        Admission { _permit: permit.expect("the semaphores stay open"), refused }
+    }
+
+    /// Gives a refused connection a place, if there is one by now.
+    fn find_place(&self, admission: &mut Admission) {
+        if admission.refused
+            && let Ok(permit) = self.places.clone().try_acquire_owned()
+        {
+            *admission = Admission { _permit: permit, refused: false };
         }
     }
 
     /// One connection. Whatever is wrong with it is nobody else's business.
-    async fn converse(self: Rc<Server>, stream: TcpStream, _open: Counted, beyond: bool) {
+    async fn converse(self: Rc<Server>, stream: TcpStream, mut admission: Admission) {
         // Most requests have no body, and need not have their settings read for it.
         let body_limit =
             |parameters: &Parameters| match (parameters.get("REQUEST_METHOD"), parameters.get("CONTENT_LENGTH")) {
@@ -202,41 +212,36 @@ impl Server {
             };
         let mut connection = Connection::new(stream);
         let (mut answering, mut kept) = (None, false);
+        let refused = admission.refused;
         loop {
             // Between requests the web server may take its time, unless its place is wanted; a request that has begun
             // has to go on, and the first one to come.
-            let read = match (beyond, connection.parser.is_busy() || !kept) {
-                (false, false) => unless(self.room.notified(), connection.read(&body_limit)).await,
-                (false, true) => within(limits::PEER_DEADLINE, connection.read(&body_limit)).await,
-                (true, _) => within(limits::BEYOND_DEADLINE, connection.read(&body_limit)).await,
+            let idle = kept && !connection.parser.is_busy();
+            let read = connection.read(&body_limit);
+            let read = if refused {
+                connection::timeout(limits::REFUSED_DEADLINE, read).await
+            } else if idle {
+                select! {
+                    biased;
+                    read = read => read,
+                    () = self.room.notified() => return,
+                }
+            } else {
+                connection::timeout(limits::PEER_DEADLINE, read).await
             };
             if read.is_err() {
                 return;
             }
             if connection.parser.is_busy() && answering.is_none() {
-                answering = Some(Counted::new(self.clone(), |server| &server.answering));
+                answering = Some(Answering::new(self.clone()));
             }
             let mut closing = false;
-            if let Some(request) = connection.parser.take_request() {
-                let id = request.id;
-                // One without a request may have made room meanwhile.
-                let crowded = beyond && self.open.get() > self.connections;
-                closing = !request.keep || beyond;
-                // In boxes: what they need is given back while the connection waits for the next request.
-                let head = request.parameters.get("REQUEST_METHOD") == Some(b"HEAD");
-                let response = Box::pin(self.answer(request, crowded)).await;
-                if response.held.is_none() {
-                    let log = response.log.as_deref().unwrap_or_default();
-                    codec::reply(&mut connection.out, id, &response.to_cgi(head, false), log.as_bytes());
-                } else {
-                    // Who waits has to leave room for those who do not: where there is none, nobody waits for long.
-                    let full = Cell::new(true);
-                    let is_full = self.held.get() + (self.connections / 8).max(1) >= self.connections;
-                    let ends = if is_full { &full } else { &self.stopping };
-                    let _held = Counted::new(self.clone(), |server| &server.held);
-                    if Box::pin(waiting::hold(id, response, &mut connection, &self.hubs, ends)).await.is_err() {
-                        return;
-                    }
+            if let Some(request) = connection.parser.split_request() {
+                // A connection without a request may have made room meanwhile.
+                self.find_place(&mut admission);
+                closing = !request.keep || refused;
+                if self.respond(request, admission.refused, &mut connection).await.is_err() {
+                    return;
                 }
                 connection.parser.answered();
                 kept = true;
@@ -254,64 +259,92 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request, crowded: bool) -> Response {
-        let parameters = &request.parameters;
-        if parameters.too_many || crowded {
-            return http::refuse(if crowded { &Error::Crowded } else { &Error::Parameters });
+    /// Answers one request, up to what is left to be flushed.
+    async fn respond(&self, request: Request, refused: bool, connection: &mut Connection) -> io::Result<()> {
+        let id = request.id;
+        let head = request.parameters.get("REQUEST_METHOD") == Some(b"HEAD");
+        // In boxes: what they need is given back while the connection waits for the next request.
+        let mut response = Box::pin(self.answer(request, refused)).await;
+        match response.waiting.take() {
+            Some(waiting) => Box::pin(self.wait(id, response, waiting, connection)).await,
+            None => {
+                let log = response.log.as_deref().unwrap_or_default();
+                codec::reply(&mut connection.out, id, &response.to_cgi(head, false), log.as_bytes());
+                Ok(())
+            }
         }
-        let vars = |name: &str| parameters.get(name).map(<[u8]>::to_vec);
+    }
+
+    /// Lets a request wait, for as long as there is room for it.
+    async fn wait(
+        &self,
+        id: u16,
+        response: Response,
+        waiting: Box<Waiting>,
+        connection: &mut Connection,
+    ) -> io::Result<()> {
+        let permit = self.waiting.try_acquire();
+        let at_once = Cell::new(true);
+        let ending = if permit.is_ok() { &self.stopping } else { &at_once };
+        let place = place(&waiting.config.memcached, &waiting.config.bus);
+        let subscriber = self.hubs.subscribe(place, waiting.page.last_id, waiting.user);
+        let mut waiter = Waiter { id, connection, subscriber, ending };
+        http::waiting::serve(response, waiting, false, &mut waiter).await
+    }
+
+    async fn answer(&self, request: Request, refused: bool) -> Response {
+        let parameters = &request.parameters;
+        if parameters.too_many || refused {
+            return http::refuse(if refused { &Error::Crowded } else { &Error::HeadersTooLarge });
+        }
+        let variables = |name: &str| parameters.get(name).map(<[u8]>::to_vec);
         let config = self.config(parameters);
         let limit = config.as_ref().map_or(0, |config| config.max_bytes);
-        let body = http::read_body(&vars, &request.body[..], limit);
+        let body = request::read_body(&variables, &request.body[..], limit);
         let publishes = parameters.get("REQUEST_METHOD") == Some(b"POST");
-        let place = |config: &Config| hub::key(home(&config.memcached, &config.bus), &config.bus);
-        let place = config.as_ref().ok().filter(|_| publishes).map(place);
-        let _turn = match &place {
-            Some(place) => Some(self.turns.take(place.clone()).await),
+        let published = config.as_ref().ok().filter(|_| publishes).map(|config| place(&config.memcached, &config.bus));
+        let _guard = match &published {
+            Some(place) => Some(self.locks.acquire(place.clone()).await),
             None => None,
         };
-        let open = |config: &Config| Ok(self.pool.open(&config.memcached, &config.bus));
-        let response = http::answer(&vars, config, body, open).await;
-        if let Some(place) = place.filter(|_| response.is_ok()) {
+        let open = |config: &Config| Ok(self.pool.open(&place(&config.memcached, &config.bus)));
+        let response = http::answer(&variables, config, body, open).await;
+        if let Some(place) = published.filter(|_| response.is_ok()) {
             self.hubs.published(&place);
         }
         response
     }
 
     /// The settings of one request: of its parameters, else of the environment that this process was started with.
-    fn config(&self, parameters: &Parameters) -> Result<Config, Error> {
-        let vars = |name: &str| parameters.get(name).map(<[u8]>::to_vec).or_else(|| variable(name));
-        Config::read(&vars, &self.argv0, limits::WAIT_MAX)
+    fn config(&self, parameters: &Parameters) -> Result<Config, config::Error> {
+        let variables = |name: &str| parameters.get(name).map(<[u8]>::to_vec).or_else(|| environment(name));
+        Config::read(&variables, &self.argv0, limits::WAIT_MAX)
     }
 }
 
-/// Reads, but for when `end` comes first.
-async fn unless(end: impl Future<Output = ()>, read: impl Future<Output = io::Result<()>>) -> io::Result<()> {
-    let (mut end, mut read) = (std::pin::pin!(end), std::pin::pin!(read));
-    poll_fn(|context| match read.as_mut().poll(context) {
-        Poll::Pending => end.as_mut().poll(context).map(|()| Err(io::ErrorKind::ConnectionAborted.into())),
-        ready => ready,
-    })
-    .await
+fn to_stream(socket: Socket, tcp: bool) -> io::Result<TcpStream> {
+    socket.set_nonblocking(true)?;
+    if tcp {
+        // A stream's messages go out at once; web servers that are slow to acknowledge cost 40 ms.
+        socket.set_tcp_nodelay(true)?;
+        // A connection whose host has gone does not keep its place.
+        socket.set_keepalive(true)?;
+    }
+    TcpStream::from_std(StdTcpStream::from(OwnedFd::from(socket)))
 }
 
-/// One of those that are counted, until it is dropped.
-struct Counted {
-    server: Rc<Server>,
-    counter: fn(&Server) -> &Cell<usize>,
-}
+/// Counts a request as being answered, until it is dropped.
+struct Answering(Rc<Server>);
 
-impl Counted {
-    fn new(server: Rc<Server>, counter: fn(&Server) -> &Cell<usize>) -> Counted {
-        counter(&server).set(counter(&server).get() + 1);
-        Counted { server, counter }
+impl Answering {
+    fn new(server: Rc<Server>) -> Answering {
+        server.answering.send_modify(|requests| *requests += 1);
+        Answering(server)
     }
 }
 
-impl Drop for Counted {
+impl Drop for Answering {
     fn drop(&mut self) {
-        let counter = (self.counter)(&self.server);
-        counter.set(counter.get() - 1);
-        self.server.fewer.notify_one();
+        self.0.answering.send_modify(|requests| *requests -= 1);
     }
 }

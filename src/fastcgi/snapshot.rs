@@ -1,9 +1,9 @@
-//! What is new on a bus, asked for once however many wait for it.
+//! The newest messages of a bus, read once however many subscribers wait for them.
 //!
-//! One watcher [`look`]s now and then, and puts what it found into a [`Window`]: the newest messages, as memcached had
-//! them. Whoever waits polls through a [`View`], which answers from the window what it holds and asks memcached the
-//! rest; the protocol stays [`crate::bus::poll`]'s. A view's `last` is older than memcached's by as long as the watcher
-//! paused, and every slot up to it was read after it, so it is what a poll of that moment would have found.
+//! One watcher [`refresh`]es a [`Snapshot`] now and then: the newest messages, as the store had them. A subscriber polls
+//! through a [`CachedStore`], which answers from the snapshot what it holds and asks the store for the rest; the protocol
+//! stays [`crate::bus::poll`]'s. A snapshot's `last` is older than the store's by as long as the watcher paused, and every
+//! slot up to it was read after it, so it is what a poll of that moment would have found.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -14,36 +14,36 @@ use crate::limits;
 
 /// The newest messages of a bus.
 #[derive(Debug, Default)]
-pub struct Window {
+pub struct Snapshot {
     last: Option<u64>,
     /// The slots up to `last`.
     slots: VecDeque<Reply>,
     /// Bytes of their values.
     bytes: usize,
-    turns: u64,
+    epoch: u64,
 }
 
-/// What a look found.
+/// What a refresh found.
 #[derive(Debug)]
-pub struct News {
+pub struct Update {
     last: Option<u64>,
-    /// The slots up to `last` that the window lacks, unless they are too many.
+    /// The slots up to `last` that the snapshot lacks, unless they are too many.
     slots: Vec<Reply>,
 }
 
-/// Looks what is new behind `window`. One round trip where nothing is, two where little is.
+/// Reads what is new behind `snapshot`. One round trip where nothing is, two where little is.
 ///
 /// # Errors
 /// As [`Store::run`].
-pub async fn look(store: &mut impl Store, window: &RefCell<Window>) -> Result<News, StoreError> {
-    let known = window.borrow().last;
+pub async fn refresh(store: &mut impl Store, snapshot: &RefCell<Snapshot>) -> Result<Update, StoreError> {
+    let known = snapshot.borrow().last;
     let last = match store.run(&[Op::Last]).await?.first() {
         Some(Reply::Counter(counter)) => Some(counter.value),
         _ => None,
     };
     let mut slots = vec![];
     if let (Some(known), Some(last)) = (known, last) {
-        // Backwards, as many as a window holds.
+        // Backwards, as many as a snapshot holds.
         let (mut from, mut bytes) = (last + 1, 0);
         while from > known + 1 && bytes <= limits::SHARED_BYTES && (slots.len() as u64) < limits::BATCH {
             let to = from;
@@ -53,28 +53,28 @@ pub async fn look(store: &mut impl Store, window: &RefCell<Window>) -> Result<Ne
             slots.splice(..0, part);
         }
     }
-    Ok(News { last, slots })
+    Ok(Update { last, slots })
 }
 
-impl Window {
-    /// Takes what a look behind this window found; whether it changes anything for those who wait.
-    pub fn take(&mut self, news: News) -> bool {
-        if news.last == self.last && self.turns > 0 {
+impl Snapshot {
+    /// Appends what a refresh of this snapshot found; whether it changes anything for the subscribers.
+    pub fn apply(&mut self, update: Update) -> bool {
+        if update.last == self.last && self.epoch > 0 {
             return false;
         }
-        match (self.last, news.last) {
+        match (self.last, update.last) {
             (Some(known), Some(last)) if known < last => {
-                if news.slots.len() as u64 != last - known {
+                if update.slots.len() as u64 != last - known {
                     self.slots.clear();
                     self.bytes = 0;
                 }
             }
-            // The first look; or the counter was lost, or came back lower.
-            _ => *self = Window { turns: self.turns + 1, ..Window::default() },
+            // The first refresh; or the counter was lost, or came back lower.
+            _ => *self = Snapshot { epoch: self.epoch + 1, ..Snapshot::default() },
         }
-        self.last = news.last;
-        self.bytes += news.slots.iter().map(size).sum::<usize>();
-        self.slots.extend(news.slots);
+        self.last = update.last;
+        self.bytes += update.slots.iter().map(size).sum::<usize>();
+        self.slots.extend(update.slots);
         while self.bytes > limits::SHARED_BYTES || self.slots.len() as u64 > limits::BATCH {
             self.bytes -= self.slots.pop_front().as_ref().map_or(0, size);
         }
@@ -86,9 +86,9 @@ impl Window {
         self.last
     }
 
-    /// How often `last` did not simply go on. A cursor of before is to be checked with memcached itself.
-    pub fn turns(&self) -> u64 {
-        self.turns
+    /// How often `last` did not simply go on. A cursor of an earlier epoch is to be checked with the store itself.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     /// The answer to a batch, if all of it is in here.
@@ -112,17 +112,17 @@ fn size(slot: &Reply) -> usize {
     }
 }
 
-/// A bus as of the watcher's latest look: for polls from a cursor below [`Window::last`], and nothing else.
-pub struct View<'a, S> {
-    /// What the watcher found.
-    pub window: &'a RefCell<Window>,
-    /// For what the window does not hold.
+/// A bus as of the watcher's latest refresh: for polls from a cursor below [`Snapshot::last`], and nothing else.
+pub struct CachedStore<'a, S> {
+    /// The watcher's snapshot.
+    pub snapshot: &'a RefCell<Snapshot>,
+    /// For what the snapshot does not hold.
     pub store: S,
 }
 
-impl<S: Store> Store for View<'_, S> {
+impl<S: Store> Store for CachedStore<'_, S> {
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError> {
-        let answer = self.window.borrow().answer(batch);
+        let answer = self.snapshot.borrow().answer(batch);
         match answer {
             Some(replies) => Ok(replies),
             None => self.store.run(batch).await,

@@ -7,8 +7,8 @@
 
 use rand::TryRng;
 use rand::rngs::SysRng;
-use serde_json::value::RawValue;
 
+use super::message;
 use crate::bus::Page;
 use crate::limits;
 
@@ -22,26 +22,26 @@ pub fn begin(out: &mut Vec<u8>) {
 }
 
 /// Appends a poll's result, and returns the id that the stream is at then: that of its last message, or `at`.
-pub fn page(out: &mut Vec<u8>, page: &Page, mut at: u64) -> u64 {
-    // Not JSON where another program wrote into the bus's keys: then the page's messages cannot be told apart.
-    let objects: Option<Vec<&RawValue>> = serde_json::from_slice(&page.json).ok();
-    if page.missed || objects.is_none() {
+pub fn page(out: &mut Vec<u8>, page: &Page, at: u64) -> u64 {
+    if page.missed {
         out.extend_from_slice(b"event: missed\ndata: 1\n\n");
     }
-    for object in objects.unwrap_or_default() {
-        let object = object.get();
-        // As the bus writes it.
-        let id = object.strip_prefix("{\"id\":").and_then(|rest| rest.split(',').next()).unwrap_or_default();
-        at = id.parse().unwrap_or(at);
-        out.extend_from_slice(format!("id: {id}\n").as_bytes());
-        for line in object.replace("\r\n", "\n").split(['\r', '\n']) {
-            out.extend_from_slice(b"data: ");
-            out.extend_from_slice(line.as_bytes());
-            out.push(b'\n');
+    for each in &page.messages {
+        let mut object = Vec::with_capacity(limits::REPLY_MESSAGE + each.data().len());
+        message::object(&mut object, each);
+        out.extend_from_slice(format!("id: {}", each.id).as_bytes());
+        out.extend_from_slice(b"\ndata: ");
+        let mut rest = &object[..];
+        while let Some(end) = rest.iter().position(|byte| b"\r\n".contains(byte)) {
+            out.extend_from_slice(&rest[..end]);
+            out.extend_from_slice(b"\ndata: ");
+            let line_end = if rest[end..].starts_with(b"\r\n") { 2 } else { 1 };
+            rest = &rest[end + line_end..];
         }
-        out.push(b'\n');
+        out.extend_from_slice(rest);
+        out.extend_from_slice(b"\n\n");
     }
-    at
+    page.messages.last().map_or(at, |last| last.id)
 }
 
 /// Appends where the stream is.
@@ -55,14 +55,12 @@ mod tests {
 
     #[test]
     fn a_message_with_line_ends_is_one_event() {
-        let json = "[{\"id\":7,\"user\":1,\"data\":{\r\n\"a\":\r[\n\n1]}},{\"id\":9,\"user\":2,\"data\":\"\\n\"}]";
+        let slots = [(7, "1 {\r\n\"a\":\r[\n\n1]}"), (9, "2 \"\\n\"")];
+        let messages = slots.map(|(id, slot)| crate::bus::Message::from_slot(id, slot.into()).unwrap());
         let mut out = Vec::new();
-        let at = page(&mut out, &Page { json: json.into(), last_id: 10, missed: true }, 5);
+        let at = page(&mut out, &Page { messages: messages.into(), last_id: 10, missed: true }, 5);
         let expected = "event: missed\ndata: 1\n\nid: 7\ndata: {\"id\":7,\"user\":1,\"data\":{\ndata: \"a\":\n\
                         data: [\ndata: \ndata: 1]}}\n\nid: 9\ndata: {\"id\":9,\"user\":2,\"data\":\"\\n\"}\n\n";
         assert_eq!((String::from_utf8(out).unwrap(), at), (expected.into(), 9));
-        let mut out = Vec::new();
-        page(&mut out, &Page { json: b"[{oops]".into(), last_id: 10, missed: false }, 5);
-        assert_eq!(out, b"event: missed\ndata: 1\n\n");
     }
 }

@@ -1,9 +1,25 @@
-//! What may be a message: one JSON value (RFC 8259), kept as the very bytes that were sent.
+//! What may be a message: one JSON value (RFC 8259), kept as the very bytes that were sent; and how it is handed out.
+
+use std::io::Write;
 
 use serde_json::value::RawValue;
 
-use crate::http::error::Error;
+use crate::bus::{Message, Page};
 use crate::limits;
+
+/// Why a body is not a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// It is not UTF-8.
+    NotUtf8 {
+        /// Offset of the first byte that is wrong.
+        at: usize,
+    },
+    /// It is not one JSON value.
+    NotJson(String),
+    /// It nests deeper than [`limits::DEPTH_MAX`].
+    TooDeep,
+}
 
 /// Checks a body and returns the value in it, without the white space around it.
 ///
@@ -11,7 +27,7 @@ use crate::limits;
 /// surrogates, duplicate names): browsers read it, and the bus does not interpret it.
 ///
 /// # Errors
-/// [`Error::NotUtf8`], [`Error::NotJson`], [`Error::TooDeep`].
+/// Each of [`Error`].
 pub fn check(body: &[u8]) -> Result<&[u8], Error> {
     let text = std::str::from_utf8(body).map_err(|error| Error::NotUtf8 { at: error.valid_up_to() })?;
     let value: &RawValue = serde_json::from_str(text).map_err(|error| Error::NotJson(error.to_string()))?;
@@ -20,6 +36,37 @@ pub fn check(body: &[u8]) -> Result<&[u8], Error> {
         return Err(Error::TooDeep);
     }
     Ok(value)
+}
+
+/// The page without what another program wrote into the bus's slots: what is not JSON would spoil the messages around
+/// it. It counts as missed.
+pub fn readable(mut page: Page) -> Page {
+    let before = page.messages.len();
+    page.messages.retain(|message| serde_json::from_slice::<&RawValue>(message.data()).is_ok());
+    page.missed |= page.messages.len() < before;
+    page
+}
+
+/// Appends a message as clients get it.
+pub fn object(out: &mut Vec<u8>, message: &Message) {
+    let _infallible = write!(out, "{{\"id\":{},\"user\":{},\"data\":", message.id, message.user);
+    out.extend_from_slice(message.data());
+    out.push(b'}');
+}
+
+/// A poll's result as JSON.
+pub fn array(page: &Page) -> Vec<u8> {
+    let bytes = page.messages.iter().map(|message| limits::REPLY_MESSAGE + message.data().len()).sum::<usize>();
+    let mut out = Vec::with_capacity(2 + bytes);
+    out.push(b'[');
+    for message in &page.messages {
+        if out.len() > 1 {
+            out.push(b',');
+        }
+        object(&mut out, message);
+    }
+    out.push(b']');
+    out
 }
 
 /// How deep arrays and objects nest in a valid JSON value.
@@ -52,5 +99,15 @@ mod tests {
         {
             assert_eq!(depth(json.as_bytes()), levels, "{json}");
         }
+    }
+
+    #[test]
+    fn what_is_not_json_spoils_itself_alone() {
+        let slots = [(1, "5 [1]"), (2, "5 {oops"), (3, "5 "), (4, "6.77 \"b\"")];
+        let messages = slots.map(|(id, slot)| Message::from_slot(id, slot.as_bytes().to_vec()).unwrap());
+        let page = readable(Page { messages: messages.into(), last_id: 4, missed: false });
+        assert!(page.missed && page.last_id == 4);
+        let json = r#"[{"id":1,"user":5,"data":[1]},{"id":4,"user":6,"data":"b"}]"#;
+        assert_eq!(String::from_utf8(array(&page)).unwrap(), json);
     }
 }

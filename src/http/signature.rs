@@ -3,7 +3,7 @@
 //! A join gives a user its secret, which proves by HMAC-SHA-256 (RFC 2104, FIPS 180-4) that the bus gave it out:
 //!
 //! ```text
-//! secret = base64url(HMAC-SHA-256(bus key, USER))
+//! secret = base64url(HMAC-SHA-256(signing key, USER))
 //! sig    = base64url(HMAC-SHA-256(secret, BUS "\n" USER "\n" TIME "\n" ONCE "\n" BODY))
 //! ```
 //!
@@ -16,17 +16,30 @@ use base64ct::{Base64UrlUnpadded, Encoding};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
-use crate::config::whole_number;
-use crate::http::error::Signature;
-use crate::http::value;
-use crate::stores::memcached::blocking::encode_name;
+use crate::bus::name;
+use crate::variables::whole_number;
+
+/// What is wrong with a signature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// This query parameter is missing.
+    Missing(&'static str),
+    /// This query parameter has the wrong form.
+    Malformed(&'static str),
+    /// It is not by this user's secret, over this request.
+    Wrong,
+    /// Its time is further back than the TTL.
+    TooOld,
+    /// Its time is further ahead than the TTL.
+    ClockAhead,
+}
 
 /// Bytes of an HMAC-SHA-256.
 const SIZE: usize = 32;
 
 /// The secret of a user.
-pub fn secret(bus_key: &[u8], user: u64) -> String {
-    let mac = mac(bus_key, &[user.to_string().as_bytes()]).finalize().into_bytes();
+pub fn secret(signing_key: &[u8], user: u64) -> String {
+    let mac = mac(signing_key, &[user.to_string().as_bytes()]).finalize().into_bytes();
     Base64UrlUnpadded::encode_string(&mac)
 }
 
@@ -40,42 +53,44 @@ pub struct Signed<'a> {
 }
 
 impl<'a> Signed<'a> {
-    /// Takes `time` and `sig` from the query.
+    /// Reads the query parameters `time` and `sig`.
     ///
     /// # Errors
-    /// [`Signature::Missing`], [`Signature::Malformed`].
-    pub fn read(query: &[u8], user: u64, once: Option<&'a str>, body: &'a [u8]) -> Result<Signed<'a>, Signature> {
-        let parameter = |name| match value(query, name) {
-            Ok(Some(value)) => Ok(value),
-            Ok(None) => Err(Signature::Missing(name)),
-            Err(_) => Err(Signature::Malformed(name)),
-        };
-        let once = once.ok_or(Signature::Missing("once"))?;
-        let (time, sig) = (parameter("time")?, parameter("sig")?);
-        let time = whole_number(time.as_bytes()).ok_or(Signature::Malformed("time"))?;
+    /// [`Error::Missing`], [`Error::Malformed`].
+    pub fn read(
+        user: u64,
+        once: Option<&'a str>,
+        time: Option<&str>,
+        sig: Option<&str>,
+        body: &'a [u8],
+    ) -> Result<Signed<'a>, Error> {
+        let once = once.ok_or(Error::Missing("once"))?;
+        let time = time.ok_or(Error::Missing("time"))?;
+        let sig = sig.ok_or(Error::Missing("sig"))?;
+        let time = whole_number(time.as_bytes()).ok_or(Error::Malformed("time"))?;
         let mut bytes = [0; SIZE];
         match Base64UrlUnpadded::decode(sig.as_bytes(), &mut bytes) {
             Ok(whole) if whole.len() == SIZE => Ok(Signed { user, once, body, time, sig: bytes }),
-            _ => Err(Signature::Malformed("sig")),
+            _ => Err(Error::Malformed("sig")),
         }
     }
 
     /// Whether it is by this user's secret, and its time within `window` seconds of `now`, in Unix milliseconds.
-    /// Who has no secret learns nothing of the time.
+    /// A client without a secret learns nothing of the time.
     ///
     /// # Errors
-    /// [`Signature::Wrong`], also where the bus has no key: nobody has a secret then. [`Signature::TooOld`],
-    /// [`Signature::ClockAhead`].
-    pub fn check(&self, bus_key: Option<&[u8]>, bus: &[u8], now: u64, window: u32) -> Result<(), Signature> {
-        let secret = secret(bus_key.ok_or(Signature::Wrong)?, self.user);
-        let head = format!("{}\n{}\n{}\n{}\n", encode_name(bus), self.user, self.time, self.once);
+    /// [`Error::Wrong`], also where the bus has no key: nobody has a secret then. [`Error::TooOld`],
+    /// [`Error::ClockAhead`].
+    pub fn check(&self, signing_key: Option<&[u8]>, bus: &[u8], now: u64, window: u32) -> Result<(), Error> {
+        let secret = secret(signing_key.ok_or(Error::Wrong)?, self.user);
+        let head = format!("{}\n{}\n{}\n{}\n", name::encode(bus), self.user, self.time, self.once);
         // In constant time.
         let verified = mac(secret.as_bytes(), &[head.as_bytes(), self.body]).verify_slice(&self.sig);
-        verified.map_err(|_| Signature::Wrong)?;
+        verified.map_err(|_| Error::Wrong)?;
         let window = u64::from(window) * 1_000;
         match self.time {
-            time if time.saturating_add(window) < now => Err(Signature::TooOld),
-            time if time > now + window => Err(Signature::ClockAhead),
+            time if time.saturating_add(window) < now => Err(Error::TooOld),
+            time if time > now + window => Err(Error::ClockAhead),
             _ => Ok(()),
         }
     }

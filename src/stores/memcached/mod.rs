@@ -1,4 +1,7 @@
-//! memcached: for a CGI process [`blocking`], for the persistent mode [`pipelined`].
+//! memcached: what goes over the wire is [`codec`]'s, how a socket comes about [`connect`]'s. A CGI process talks to it
+//! by [`blocking`], the persistent mode by [`pipelined`].
 
 pub mod blocking;
+pub mod codec;
+mod connect;
 pub mod pipelined;

@@ -5,34 +5,33 @@
 //! order, and a batch stays in one piece.
 //!
 //! A request waits for no longer than in CGI, [`crate::limits::STORE_DEADLINE`]. When one has waited in vain, the
-//! connection takes no further request: those that it has may go on until their time is over, and whoever comes next
-//! gets a new connection. One attempt to connect is made at a time, and shared by all who need it.
+//! connection takes no further request: those that it has may go on until their time is over, and the next request gets a
+//! new connection. One attempt to connect is made at a time, and shared by all requests that need it.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::future::{Future, poll_fn};
 use std::io;
 use std::net::TcpStream as StdTcpStream;
 use std::os::fd::OwnedFd;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use memcache::exp::{Error, MetaResponse, ReturnCode};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use memcache::exp::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::oneshot;
+use tokio::select;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
+use super::codec::{Parts, command, key_prefix, reply, split_response, store_error, unexpected};
+use super::connect::connect;
+use crate::bus::name::Place;
 use crate::bus::store::{Op, Reply, Store, StoreError};
-use crate::config::whole_number;
 use crate::limits;
-use crate::stores::memcached::blocking::{
-    at, cas, command, connect, home, key_prefix, random_pause, reply, unexpected, unix_micros,
-};
+use crate::stores::{random_pause, unix_micros};
 
 type Result<T> = std::result::Result<T, StoreError>;
 
@@ -43,16 +42,16 @@ pub struct Pool {
 }
 
 enum Link {
-    /// Being made, for those who wait for it.
+    /// Being made, for the requests that wait for it.
     Dialing(Vec<oneshot::Sender<Result<Rc<Pipeline>>>>),
     Open(Rc<Pipeline>),
 }
 
 impl Pool {
-    /// A bus's keys in the one of `servers` that it lives on, for one request. Connects when it is used.
-    pub fn open(self: &Rc<Pool>, servers: &[String], bus: &[u8]) -> Pipelined {
-        let server = home(servers, bus).to_owned();
-        Pipelined { pool: self.clone(), server, prefix: key_prefix(bus), started: Instant::now(), pipeline: None }
+    /// A bus's keys in its memcached, for one request. Connects when it is used.
+    pub fn open(self: &Rc<Pool>, place: &Place) -> Pipelined {
+        let (server, prefix) = (place.server.clone(), key_prefix(&place.bus));
+        Pipelined { pool: self.clone(), server, prefix, started: Instant::now(), pipeline: None }
     }
 
     async fn pipeline(self: &Rc<Pool>, server: &str) -> Result<Rc<Pipeline>> {
@@ -104,13 +103,15 @@ async fn dial(server: &str) -> Result<TcpStream> {
         // As in the blocking driver: to read and write, a connected unix socket is the same.
         TcpStream::from_std(StdTcpStream::from(OwnedFd::from(socket)))
     };
-    connected.await.map_err(|error| at(server, Error::Io(error)))
+    connected.await.map_err(|error| store_error(server, Error::Io(error)))
 }
 
 /// A connection and all that goes through it.
 #[derive(Default)]
 struct Pipeline {
     state: RefCell<State>,
+    /// The connection's task has something to do.
+    wake: Notify,
 }
 
 #[derive(Default)]
@@ -119,7 +120,7 @@ struct State {
     out: Vec<u8>,
     /// The batches whose replies are still to come, in order.
     waiting: VecDeque<Waiting>,
-    /// When to look next for those who have waited too long: not after any of them has.
+    /// When to look next for batches that have waited too long: not after any of them has.
     alarm: Option<Instant>,
     reset_alarm: bool,
     /// Requests whose connection it is.
@@ -128,11 +129,7 @@ struct State {
     retired: bool,
     /// It is closed.
     closed: bool,
-    driver: Option<Waker>,
 }
-
-/// A response: return code, CAS token, value.
-type Parts = (ReturnCode, Option<u64>, Option<Vec<u8>>);
 
 struct Waiting {
     /// None once it has been told.
@@ -151,9 +148,8 @@ impl Pipeline {
 
     /// Takes no further request, and closes when those that it has are through.
     fn retire(&self) {
-        let mut state = self.state.borrow_mut();
-        state.retired = true;
-        state.wake();
+        self.state.borrow_mut().retired = true;
+        self.wake.notify_one();
     }
 
     fn retire_idle(&self) -> bool {
@@ -174,14 +170,14 @@ impl Pipeline {
         let state = &mut *self.state.borrow_mut();
         if state.closed {
             // On another, tokens that were read on this one say nothing: memcached may have restarted.
-            return Err(at(server, Error::Io(io::ErrorKind::ConnectionReset.into())));
+            return Err(store_error(server, Error::Io(io::ErrorKind::ConnectionReset.into())));
         }
         let before = state.out.len();
         for op in batch {
             if let Err(error) = command(prefix, op).encode_into(&mut state.out) {
                 // Half a batch would give all who come later others' replies.
                 state.out.truncate(before);
-                return Err(at(server, error));
+                return Err(store_error(server, error));
             }
         }
         let (sender, receiver) = oneshot::channel();
@@ -189,78 +185,74 @@ impl Pipeline {
         state.waiting.push_back(Waiting { sender: Some(sender), deadline, missing: batch.len(), result });
         // Seldom: one alarm does for all that comes before it rings. A timer for each would cost as much as a read.
         state.reset_alarm |= state.alarm.is_none_or(|alarm| deadline < alarm);
-        state.wake();
+        self.wake.notify_one();
         Ok(receiver)
     }
 
-    /// The connection's task. Ends when it fails, or is retired and nobody waits.
-    async fn drive(self: Rc<Pipeline>, mut stream: TcpStream, server: String) {
-        let mut input = Vec::new();
-        let mut alarm = pin!(sleep(limits::STORE_DEADLINE));
-        let error = poll_fn(|context| {
-            let mut state = self.state.borrow_mut();
-            if let Poll::Ready(error) = state.poll(&mut stream, &mut input, &server, context) {
-                return Poll::Ready(error);
-            }
-            while state.alarm.is_some() && alarm.as_mut().poll(context).is_ready() || state.reset_alarm {
-                state.give_up(&server);
-                state.alarm.iter().for_each(|next| alarm.as_mut().reset((*next).into()));
-            }
-            if state.retired && state.users == 0 {
-                return Poll::Ready(unexpected(&server));
-            }
-            state.driver = Some(context.waker().clone());
-            Poll::Pending
-        })
-        .await;
+    /// The connection's task. Ends when the connection fails, or is retired and nobody waits.
+    async fn drive(self: Rc<Pipeline>, stream: TcpStream, server: String) {
+        let error = self.exchange(stream, &server).await;
         let mut state = self.state.borrow_mut();
         (state.retired, state.closed) = (true, true);
         for sender in state.waiting.drain(..).filter_map(|waiting| waiting.sender) {
             let _ = sender.send(Err(error.clone()));
         }
     }
-}
 
-impl State {
-    /// Sends and receives as far as it goes; ready with what ended the connection.
-    fn poll(
-        &mut self,
-        stream: &mut TcpStream,
-        input: &mut Vec<u8>,
-        server: &str,
-        context: &mut Context,
-    ) -> Poll<StoreError> {
-        let failed = |error| at(server, Error::Io(error));
-        while !self.out.is_empty() {
-            match Pin::new(&mut *stream).poll_write(context, &self.out) {
-                Poll::Ready(Ok(written)) => drop(self.out.drain(..written)),
-                Poll::Ready(Err(error)) => return Poll::Ready(failed(error)),
-                Poll::Pending => break,
-            }
-        }
+    /// Sends and receives: what ended the connection.
+    async fn exchange(&self, mut stream: TcpStream, server: &str) -> StoreError {
+        let failed = |error| store_error(server, Error::Io(error));
+        let (mut reader, mut writer) = stream.split();
+        let (mut output, mut input, mut buffer) = (Vec::new(), Vec::new(), [0; BUFFER]);
+        let mut alarm = pin!(sleep(limits::STORE_DEADLINE));
         loop {
-            let mut buffer = [0; BUFFER];
-            let mut buffer = ReadBuf::new(&mut buffer);
-            match Pin::new(&mut *stream).poll_read(context, &mut buffer) {
-                Poll::Ready(Ok(())) if buffer.filled().is_empty() => {
-                    return Poll::Ready(failed(io::ErrorKind::UnexpectedEof.into()));
+            let armed = {
+                let state = &mut *self.state.borrow_mut();
+                if output.is_empty() {
+                    std::mem::swap(&mut output, &mut state.out);
                 }
-                Poll::Ready(Ok(())) => input.extend_from_slice(buffer.filled()),
-                Poll::Ready(Err(error)) => return Poll::Ready(failed(error)),
-                Poll::Pending => return Poll::Pending,
-            }
-            if let Err(error) = self.receive(input, server) {
-                return Poll::Ready(error);
+                if state.reset_alarm {
+                    state.time_out(server);
+                    state.alarm.iter().for_each(|next| alarm.as_mut().reset((*next).into()));
+                }
+                if state.retired && state.users == 0 {
+                    return unexpected(server);
+                }
+                state.alarm.is_some()
+            };
+            select! {
+                biased;
+                written = writer.write(&output), if !output.is_empty() => match written {
+                    Ok(written) => drop(output.drain(..written)),
+                    Err(error) => return failed(error),
+                },
+                read = reader.read(&mut buffer) => {
+                    let received = match read {
+                        Ok(0) => Err(failed(io::ErrorKind::UnexpectedEof.into())),
+                        Ok(read) => {
+                            input.extend_from_slice(&buffer[..read]);
+                            self.state.borrow_mut().receive(&mut input, server)
+                        }
+                        Err(error) => Err(failed(error)),
+                    };
+                    if let Err(error) = received {
+                        return error;
+                    }
+                },
+                () = alarm.as_mut(), if armed => self.state.borrow_mut().reset_alarm = true,
+                () = self.wake.notified() => {}
             }
         }
     }
+}
 
-    /// Tells those who have waited too long, and sets the alarm for the next one.
-    fn give_up(&mut self, server: &str) {
+impl State {
+    /// Tells the requests that have waited too long, and sets the alarm for the next one.
+    fn time_out(&mut self, server: &str) {
         let now = Instant::now();
         for waiting in self.waiting.iter_mut().filter(|waiting| waiting.deadline <= now) {
             if let Some(sender) = waiting.sender.take() {
-                let _ = sender.send(Err(at(server, Error::Io(io::ErrorKind::TimedOut.into()))));
+                let _ = sender.send(Err(store_error(server, Error::Io(io::ErrorKind::TimedOut.into()))));
                 self.retired = true;
             }
         }
@@ -269,18 +261,14 @@ impl State {
         self.reset_alarm = false;
     }
 
-    fn wake(&mut self) {
-        self.driver.take().map(Waker::wake).unwrap_or_default();
-    }
-
     /// Hands out the responses that are complete.
     fn receive(&mut self, input: &mut Vec<u8>, server: &str) -> Result<()> {
         let mut rest = &input[..];
-        while let Some(response) = response(&mut rest).transpose() {
+        while let Some(response) = split_response(&mut rest).transpose() {
             let Some(waiting) = self.waiting.front_mut() else {
                 return Err(unexpected(server));
             };
-            match response.map_err(|error| at(server, error)) {
+            match response.map_err(|error| store_error(server, error)) {
                 Ok(parts) => drop(waiting.result.as_mut().map(|all| all.push(parts))),
                 // It refused one operation and goes on with the next; after other errors nobody knows what is whose.
                 Err(error @ StoreError::Full(_)) => waiting.result = Err(error),
@@ -302,40 +290,8 @@ impl State {
     }
 }
 
-/// Takes one response off the front, where it is complete.
-fn response(input: &mut &[u8]) -> std::result::Result<Option<Parts>, Error> {
-    let Some(end) = input.iter().position(|&byte| byte == b'\n') else {
-        return match input.len() {
-            ..=LINE_MAX => Ok(None),
-            _ => Err(Error::Protocol("a line without an end".into())),
-        };
-    };
-    let line = input[..end].strip_suffix(b"\r").unwrap_or(&input[..end]);
-    let header = MetaResponse::parse_header(line)?;
-    let mut rest = &input[end + 1..];
-    let mut value = None;
-    if header.rc() == ReturnCode::Va {
-        // Checked just now, but not told.
-        let length = line.split(|&byte| byte == b' ').filter(|token| !token.is_empty()).nth(1).and_then(whole_number);
-        let length = length.unwrap_or_default() as usize;
-        let Some((data, after)) = rest.split_at_checked(length + 2) else {
-            return Ok(None);
-        };
-        let Some(data) = data.strip_suffix(b"\r\n") else {
-            return Err(Error::Protocol("a value of another length".into()));
-        };
-        value = Some(data.to_vec());
-        rest = after;
-    }
-    *input = rest;
-    Ok(Some((header.rc(), cas(&header), value)))
-}
-
 /// Bytes read at a time: most polls' replies.
 const BUFFER: usize = 8192;
-
-/// Longest line of a response. memcached's own end below 2,048.
-const LINE_MAX: usize = 4096;
 
 /// A bus's keys, for one request.
 pub struct Pipelined {
@@ -372,7 +328,7 @@ impl Drop for Pipelined {
             let mut state = pipeline.state.borrow_mut();
             state.users -= 1;
             if state.retired {
-                state.wake();
+                pipeline.wake.notify_one();
             }
         }
     }

@@ -1,0 +1,192 @@
+//! Polling: every live message after a cursor.
+
+use super::store::{Op, Reply, Store, StoreError};
+use super::{Error, slot};
+use crate::limits;
+
+/// One message, as it was published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Its id.
+    pub id: u64,
+    /// Its sender.
+    pub user: u64,
+    /// A slot's value, and where the message begins in it: it is not copied.
+    slot: Vec<u8>,
+    start: usize,
+}
+
+impl Message {
+    /// The message in a slot's value; none where no shortbus wrote it.
+    pub fn from_slot(id: u64, slot: Vec<u8>) -> Option<Message> {
+        let (sender, start) = slot::split(&slot)?;
+        Some(Message { id, user: sender.user, slot, start })
+    }
+
+    /// The JSON value, the very bytes that were sent.
+    pub fn data(&self) -> &[u8] {
+        &self.slot[self.start..]
+    }
+}
+
+/// A poll's result.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    /// The messages, ids ascending.
+    pub messages: Vec<Message>,
+    /// The cursor to use next: all up to here was delivered, left out as the user's own, or gone.
+    pub last_id: u64,
+    /// Something after the old cursor is gone: expired, evicted or lost with a restart.
+    pub missed: bool,
+}
+
+impl Page {
+    /// Whether it tells a client nothing: no message, and not that some were missed.
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty() && !self.missed
+    }
+}
+
+/// Every live message after `after`, but those of `except`, in the order of their ids. One round trip where nothing
+/// is new, or no more than [`Store::ahead`]; it costs what it returns, however far behind `after` is.
+///
+/// # Errors
+/// [`Error::Store`].
+pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Result<Page, Error> {
+    // `last` before the slots: a slot read earlier than `last` could be published in between, and skipped for ever.
+    let mut batch = vec![Op::Last];
+    batch.extend((1..=store.ahead()).map(|n| Op::Get(after + n)));
+    let mut replies = store.run(&batch).await?.into_iter();
+    let page = Page { last_id: after, ..Page::default() };
+    let mut reader = Reader { page, except, bytes: 0, live: (0, 0), scanned: 0, full: false };
+    let last = match replies.next() {
+        Some(Reply::Counter(counter)) => counter.value,
+        _ => after,
+    };
+    let mut live = false;
+    if last < after {
+        // The counter was lost and came back lower.
+        reader.page.missed = true;
+        reader.page.last_id = 0;
+    } else {
+        live = store.ahead() == 0 || reader.append(replies, last);
+    }
+    while reader.wants_more(last) {
+        if !live {
+            // A gap, as wide as it may be: on to where it ends.
+            reader.page.last_id = oldest_live(store, reader.page.last_id, last).await? - 1;
+            live = true;
+            continue;
+        }
+        let from = reader.page.last_id + 1;
+        let slots: Vec<Op> = (from..=last.min(from + reader.batch() - 1)).map(Op::Get).collect();
+        let replies = store.run(&slots).await?;
+        live = reader.append(replies.into_iter(), last);
+    }
+    Ok(reader.page)
+}
+
+/// The smallest id from which slots may live, at most `last + 1`, given that none lives at `dead`.
+///
+/// Slots expire in the order of their ids, so the live ones are a suffix: gallop back from `last`, then bisect.
+/// Stops within [`limits::WINDOW`] slots of the answer, which the fetch that follows passes over.
+async fn oldest_live(store: &mut impl Store, mut dead: u64, last: u64) -> Result<u64, StoreError> {
+    let back = (0..u64::BITS).map_while(|n| last.checked_sub((1 << n) - 1)).take_while(|&id| id > dead);
+    let points: Vec<u64> = back.collect();
+    let alive = probe(store, &points, last).await?;
+    let Some(oldest) = alive.iter().rposition(|&alive| alive) else {
+        return Ok(last + 1);
+    };
+    let mut live = points[oldest];
+    dead = points.get(oldest + 1).copied().unwrap_or(dead);
+    while live - dead > limits::WINDOW {
+        let points: Vec<u64> = (1..=limits::PROBES).map(|n| dead + (live - dead) * n / (limits::PROBES + 1)).collect();
+        let alive = probe(store, &points, last).await?;
+        let first = alive.iter().position(|&alive| alive).unwrap_or(points.len());
+        live = points.get(first).copied().unwrap_or(live);
+        dead = if first == 0 { dead } else { points[first - 1] };
+    }
+    Ok(dead + 1)
+}
+
+/// Whether each of the points, or a slot just after it, lives. One round trip.
+async fn probe(store: &mut impl Store, points: &[u64], last: u64) -> Result<Vec<bool>, StoreError> {
+    let slots = |&id: &u64| id..=last.min(id + limits::PROBE_SLOTS - 1);
+    let batch: Vec<Op> = points.iter().flat_map(slots).map(Op::Probe).collect();
+    let mut replies = store.run(&batch).await?.into_iter();
+    let alive = |id| slots(id).fold(false, |alive, _| alive | (replies.next() == Some(Reply::Stored)));
+    Ok(points.iter().map(alive).collect())
+}
+
+/// Turns slots into a page.
+struct Reader {
+    page: Page,
+    except: Option<u64>,
+    /// Bytes of the page's messages in a reply, at most.
+    bytes: usize,
+    /// Messages looked through, its user's own included, and their bytes.
+    live: (usize, usize),
+    /// Bytes looked through.
+    scanned: usize,
+    /// A limit was reached.
+    full: bool,
+}
+
+impl Reader {
+    /// Appends the slots that follow `last_id`, up to `last` or a limit; whether any of them lives.
+    fn append(&mut self, replies: impl Iterator<Item = Reply>, last: u64) -> bool {
+        let mut any = false;
+        for reply in replies {
+            if !self.wants_more(last) {
+                break;
+            }
+            let id = self.page.last_id + 1;
+            self.scanned += limits::SCAN_SLOT;
+            let message = match reply {
+                Reply::Value(slot) => Message::from_slot(id, slot),
+                _ => None,
+            };
+            match message {
+                Some(message) => {
+                    any = true;
+                    self.push(message);
+                }
+                // What no shortbus wrote counts as gone: it must not fail everyone's polls for a minute.
+                None => self.page.missed = true,
+            }
+            if !self.full {
+                self.page.last_id = id;
+                self.full = self.page.messages.len() == limits::REPLY_MESSAGES || self.scanned >= limits::SCAN_BYTES;
+            }
+        }
+        any
+    }
+
+    /// Appends one message, unless it is the user's own or, as `full` then says, has to wait for the next reply.
+    fn push(&mut self, message: Message) {
+        let bytes = message.data().len();
+        self.scanned += bytes;
+        self.live = (self.live.0 + 1, self.live.1 + bytes);
+        if self.except == Some(message.user) {
+            return;
+        }
+        self.bytes += limits::REPLY_MESSAGE + bytes;
+        self.full = self.bytes > limits::REPLY_BYTES && !self.page.messages.is_empty();
+        if !self.full {
+            self.page.messages.push(message);
+        }
+    }
+
+    fn wants_more(&self, last: u64) -> bool {
+        self.page.last_id < last && !self.full
+    }
+
+    /// How many slots to fetch next: as many as fit the reply, were they like those so far.
+    fn batch(&self) -> u64 {
+        let room = limits::REPLY_BYTES.saturating_sub(self.bytes);
+        match self.live {
+            (0, _) => limits::WINDOW,
+            (messages, bytes) => ((room / (bytes / messages + 1)) as u64).clamp(limits::WINDOW, limits::BATCH),
+        }
+    }
+}

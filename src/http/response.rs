@@ -1,0 +1,167 @@
+//! A whole response, and its CGI form.
+
+use std::fmt::Display;
+
+use super::error::Error;
+use super::message;
+use super::waiting::Waiting;
+use crate::bus::{self, Page};
+use crate::limits;
+
+/// A whole response, to be written at once.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Response {
+    status: u16,
+    headers: String,
+    /// None where there can be none (RFC 9110 section 6.4.1), or where it is to come: then it has no length either.
+    body: Option<Vec<u8>>,
+    /// The line for stderr, where something went wrong.
+    pub log: Option<String>,
+    /// It is not to be sent yet, or is to go on.
+    pub waiting: Option<Box<Waiting>>,
+}
+
+impl Response {
+    fn new(status: u16, media_type: &str, cache: &str, body: Option<Vec<u8>>) -> Response {
+        let headers = String::with_capacity(256);
+        let mut response = Response { status, headers, body, log: None, waiting: None };
+        if !media_type.is_empty() {
+            response.header("Content-Type", media_type);
+        }
+        response.header("Cache-Control", cache);
+        response
+    }
+
+    /// What a call gives, as JSON.
+    pub fn json(body: impl Into<Vec<u8>>) -> Response {
+        Response::new(200, "application/json", "no-store", Some(body.into()))
+    }
+
+    /// No body.
+    pub fn no_content() -> Response {
+        Response::new(204, "", "no-store", None)
+    }
+
+    /// A file of our own, or 304 where the browser has it. It is kept, but asked for each time: `no-cache`.
+    pub fn file(media_type: &str, tag: &str, body: Option<&str>) -> Response {
+        let mut response = match body {
+            Some(body) => Response::new(200, media_type, "no-cache", Some(body.into())),
+            None => Response::new(304, "", "no-cache", None),
+        };
+        response.header("ETag", tag);
+        // For the page: nothing but what comes from here, and nothing inline.
+        let policy = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'";
+        response.header("Content-Security-Policy", policy);
+        response
+    }
+
+    /// A poll's result.
+    pub fn page(page: Page) -> Response {
+        let mut response = Response::json("");
+        response.fill(page);
+        response
+    }
+
+    /// A poll that waits, or the head of an event stream.
+    pub fn waiting(waiting: Waiting) -> Response {
+        let mut response = match waiting.stream {
+            true => Response::new(200, "text/event-stream", "no-store", None),
+            false => Response::json(""),
+        };
+        if waiting.stream {
+            // Without it nginx holds events back until they fill a buffer.
+            response.header("X-Accel-Buffering", "no");
+        }
+        response.waiting = Some(Box::new(waiting));
+        response
+    }
+
+    /// Fills in a poll's result.
+    pub fn fill(&mut self, page: Page) {
+        self.body = Some(message::array(&page));
+        self.header("Shortbus-Last-Id", page.last_id);
+        if page.missed {
+            self.header("Shortbus-Missed", 1);
+        }
+    }
+
+    /// An error, for the client and for the operator. `bus` is the bus's name, or `-`.
+    pub fn error(bus: &[u8], error: &Error) -> Response {
+        let (status, code, sentence) = error.row();
+        let message = serde_json::Value::from(&sentence[..]);
+        let mut response = Response::json(format!("{{\"error\":\"{code}\",\"message\":{message}}}"));
+        response.status = status;
+        match error {
+            Error::BadMethod(_, allowed) => response.header("Allow", allowed),
+            Error::Bus(bus::Error::OnceUndecided) => response.header("Retry-After", limits::RETRY_AFTER),
+            _ if status == 503 => response.header("Retry-After", limits::RETRY_AFTER),
+            _ => {}
+        }
+        let line = format!("{}: {code}: {}", String::from_utf8_lossy(bus), error.cause(&sentence));
+        response.log = Some(format!("shortbus: {}", line.chars().flat_map(printable).collect::<String>()));
+        response
+    }
+
+    /// Adds a header.
+    pub fn header(&mut self, name: &str, value: impl Display) {
+        self.headers.push_str(&format!("{name}: {value}\r\n"));
+    }
+
+    /// Whether it reports success.
+    pub fn is_ok(&self) -> bool {
+        self.status == 200
+    }
+
+    /// Whether it answers a preflight.
+    pub fn is_no_content(&self) -> bool {
+        self.status == 204
+    }
+
+    /// As CGI has it (RFC 3875 section 6): `Status` first, which some servers insist on; no body for HEAD.
+    ///
+    /// Apache hands on the output of a file called `nph-...` as it stands (section 5): then it starts with a
+    /// status line, which other servers pass over.
+    pub fn to_cgi(&self, head: bool, nph: bool) -> Vec<u8> {
+        let status = self.status;
+        let reason = reason(status);
+        let body = self.body.as_deref().unwrap_or_default();
+        let mut out = Vec::with_capacity(512 + body.len());
+        if nph {
+            out.extend_from_slice(format!("HTTP/1.1 {status} {reason}\r\nConnection: close\r\n").as_bytes());
+        }
+        out.extend_from_slice(format!("Status: {status} {reason}\r\n{}", self.headers).as_bytes());
+        out.extend_from_slice(b"X-Content-Type-Options: nosniff\r\n");
+        if self.body.is_some() {
+            out.extend_from_slice(format!("Content-Length: {}\r\n", body.len()).as_bytes());
+        }
+        out.extend_from_slice(b"\r\n");
+        if !head {
+            out.extend_from_slice(body);
+        }
+        out
+    }
+}
+
+/// A status's reason phrase (RFC 9110 section 15).
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        204 => "No Content",
+        304 => "Not Modified",
+        400 => "Bad Request",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        409 => "Conflict",
+        413 => "Content Too Large",
+        431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
+        _ => "Service Unavailable",
+    }
+}
+
+/// A log line stays one line, reads from left to right, and tells a terminal that shows it nothing to do.
+fn printable(char: char) -> impl Iterator<Item = char> {
+    let plain = char.is_ascii_graphic() || char == ' ';
+    plain.then_some(char).into_iter().chain((!plain).then(|| char.escape_debug()).into_iter().flatten())
+}

@@ -1,0 +1,184 @@
+//! What goes over the wire to memcached and back: keys, commands, responses and what a failure means. No input or output.
+
+use std::io;
+
+use memcache::exp::{Error, MetaCommand, MetaOp, MetaResponse, Rendezvous, ReturnCode, Router};
+
+use crate::bus::name::{self, Place};
+use crate::bus::store::{Counter, Op, Reply, StoreError};
+use crate::hash;
+use crate::limits;
+use crate::variables::whole_number;
+
+/// What asks memcached for `op`.
+pub fn command(prefix: &str, op: &Op) -> MetaCommand {
+    let slot = |id: &u64| format!("{prefix}{id}");
+    // A slot's key is a number, a record's has a colon.
+    let named = |name: &str| format!("{prefix}{name}");
+    let last = || named("last");
+    match op {
+        Op::Last => MetaCommand::new(MetaOp::Get, last()).flag("v").flag("c"),
+        Op::Create(start) => MetaCommand::new(MetaOp::Set, last()).flag("ME").value(start.to_string()),
+        Op::Advance(cas) => MetaCommand::new(MetaOp::Arithmetic, last()).flag(format!("C{cas}")),
+        Op::Add { id, value, ttl } => {
+            MetaCommand::new(MetaOp::Set, slot(id)).flag("ME").flag(format!("T{ttl}")).value(*value)
+        }
+        Op::Get(id) => MetaCommand::new(MetaOp::Get, slot(id)).flag("v"),
+        Op::Probe(id) => MetaCommand::new(MetaOp::Get, slot(id)),
+        Op::CreateRecord { key, token, ttl } => {
+            MetaCommand::new(MetaOp::Set, named(key)).flag("ME").flag(format!("T{ttl}")).value(token.to_string())
+        }
+        Op::AppendRecord(key, id) => MetaCommand::new(MetaOp::Set, named(key)).flag("MA").value(format!(" {id}")),
+        Op::Record(key) => MetaCommand::new(MetaOp::Get, named(key)).flag("v").flag("t"),
+        Op::SigningKey => MetaCommand::new(MetaOp::Get, named("key")).flag("v"),
+        Op::CreateSigningKey(key) => MetaCommand::new(MetaOp::Set, named("key")).flag("ME").value(*key),
+    }
+}
+
+/// A response: return code, CAS token, value.
+pub type Parts = (ReturnCode, Option<u64>, Option<Vec<u8>>);
+
+/// The parts of a response that the crate has read.
+pub fn parts(response: MetaResponse) -> Parts {
+    (response.rc(), numeric_flag(&response), response.into_value())
+}
+
+/// Splits one response off the front, where it is complete.
+pub fn split_response(input: &mut &[u8]) -> Result<Option<Parts>, Error> {
+    let Some(end) = input.iter().position(|&byte| byte == b'\n') else {
+        return match input.len() {
+            ..=LINE_MAX => Ok(None),
+            _ => Err(Error::Protocol("a line without an end".into())),
+        };
+    };
+    let line = input[..end].strip_suffix(b"\r").unwrap_or(&input[..end]);
+    let header = MetaResponse::parse_header(line)?;
+    let mut rest = &input[end + 1..];
+    let mut value = None;
+    if header.rc() == ReturnCode::Va {
+        // Checked just now, but not told.
+        let length = line.split(|&byte| byte == b' ').filter(|token| !token.is_empty()).nth(1).and_then(whole_number);
+        let length = length.unwrap_or_default() as usize;
+        let Some((data, after)) = rest.split_at_checked(length + 2) else {
+            return Ok(None);
+        };
+        let Some(data) = data.strip_suffix(b"\r\n") else {
+            return Err(Error::Protocol("a value of another length".into()));
+        };
+        value = Some(data.to_vec());
+        rest = after;
+    }
+    *input = rest;
+    Ok(Some((header.rc(), numeric_flag(&header), value)))
+}
+
+/// Longest line of a response. memcached's own end below 2,048.
+const LINE_MAX: usize = 4096;
+
+/// What a failure of the exchange means.
+pub fn store_error(server: &str, error: Error) -> StoreError {
+    let cause = format!("{server}: {error}");
+    match error {
+        Error::Io(error) => match error.kind() {
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => StoreError::Timeout(cause),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                StoreError::Broken(cause)
+            }
+            _ => StoreError::Unreachable(cause),
+        },
+        Error::Timeout { .. } => StoreError::Timeout(cause),
+        Error::Rejected(_) => StoreError::TooOld(cause),
+        Error::Server(message) if message.contains("storing object") || message.contains("too large") => {
+            StoreError::Full(cause)
+        }
+        _ => StoreError::Broken(cause),
+    }
+}
+
+/// The number that a flag of a response brings: the CAS token, or how many seconds are left.
+fn numeric_flag(response: &MetaResponse) -> Option<u64> {
+    let number = |flag: &[u8]| whole_number(flag.strip_prefix(b"c").or(flag.strip_prefix(b"t"))?);
+    response.flags().find_map(number)
+}
+
+/// The reply to `op`, from a response's return code, number and value; none where it makes no sense for it.
+pub fn reply(op: &Op, (rc, number, value): Parts) -> Option<Reply> {
+    match (op, rc) {
+        (Op::Last, ReturnCode::Va) => {
+            let value = whole_number(&value?).filter(|&value| value < limits::MAX_ID)?;
+            Some(Reply::Counter(Counter { value, cas: number? }))
+        }
+        (Op::Get(_) | Op::SigningKey, ReturnCode::Va) => value.map(Reply::Value),
+        (Op::Record(_), ReturnCode::Va) => Some(Reply::Record(value?, u32::try_from(number?).ok()?)),
+        (Op::Last | Op::Get(_) | Op::Probe(_) | Op::Record(_) | Op::SigningKey, ReturnCode::En) => Some(Reply::Missing),
+        (Op::Advance(_), ReturnCode::Nf) => Some(Reply::Missing),
+        (Op::Advance(_), ReturnCode::Ex) => Some(Reply::Taken),
+        (Op::Get(_) | Op::Last | Op::Record(_) | Op::SigningKey, _) => None,
+        (Op::Advance(_) | Op::Probe(_), ReturnCode::Hd) => Some(Reply::Stored),
+        (Op::Advance(_) | Op::Probe(_), _) => None,
+        // The rest are writes that depend on what is there.
+        (_, ReturnCode::Hd) => Some(Reply::Stored),
+        (_, ReturnCode::Ns) => Some(Reply::Taken),
+        _ => None,
+    }
+}
+
+/// Memcached, or what is there in its place, answered something else than it was asked.
+pub fn unexpected(server: &str) -> StoreError {
+    StoreError::Broken(format!("{server}: unexpected reply"))
+}
+
+/// The one of `servers` that a bus lives on, by rendezvous hashing: adding or removing another moves no other bus.
+pub fn server_for<'a>(servers: &'a [String], bus: &[u8]) -> &'a str {
+    match servers {
+        [only] => only,
+        _ => &servers[Rendezvous::new().route(bus, servers)],
+    }
+}
+
+/// Where a bus lives, of these servers.
+pub fn place(servers: &[String], bus: &[u8]) -> Place {
+    Place { server: server_for(servers, bus).to_owned(), bus: bus.to_owned() }
+}
+
+/// `shortbus:NAME:`, where no two names share a key and no key holds a space. A name too long for memcached's 250
+/// bytes is cut and hashed.
+pub fn key_prefix(bus: &[u8]) -> String {
+    let mut name = name::encode(bus);
+    if name.len() > limits::NAME_MAX {
+        // '*' stands in no encoded name, so a cut name is never another bus's whole one.
+        name.truncate(limits::NAME_MAX - 33);
+        name.push_str(&format!("*{:032x}", hash::fnv1a_128(bus)));
+    }
+    format!("shortbus:{name}:")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_has_keys_of_its_own_within_memcached_s_250_bytes() {
+        let long = |last: u8| [vec![0xff; 254], vec![last]].concat();
+        let names: Vec<Vec<u8>> =
+            ["chat", "Chat", "a b", "a%20b", "a:last", "a", "last", "π", ".", "%", "*", "a\u{7f}b", "nph-chat"]
+                .iter()
+                .map(|name| name.as_bytes().to_vec())
+                .chain([
+                    vec![0xff],
+                    vec![0xfe],
+                    long(1),
+                    long(2),
+                    vec![b'x'; limits::NAME_MAX],
+                    vec![b'x'; limits::NAME_MAX + 1],
+                    vec![b'x'; 255],
+                ])
+                .collect();
+        let keys: std::collections::HashSet<String> = names.iter().map(|name| key_prefix(name)).collect();
+        assert_eq!(keys.len(), names.len());
+        for key in keys {
+            assert!(key.len() + limits::MAX_ID.to_string().len() + 1 + limits::ONCE_MAX <= 250, "{key}");
+            assert!(key.bytes().all(|byte| byte.is_ascii_graphic()), "{key}");
+        }
+    }
+}
