@@ -20,27 +20,50 @@ const fn file(path: &'static str, media_type: &'static str, body: &'static str) 
 
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
+/// The client as one script without imports: its parts share a scope. The first line says where the script was loaded
+/// from (HERE), the last line exports the class. The classic script and the module differ in these two alone.
+macro_rules! client {
+    ($first:literal, $last:literal) => {
+        concat!(
+            $first,
+            include_str!("client/errors.js"),
+            "\n",
+            include_str!("client/time.js"),
+            "\n",
+            include_str!("client/session.js"),
+            "\n",
+            include_str!("client/outbox.js"),
+            "\n",
+            include_str!("client/event_stream.js"),
+            "\n",
+            include_str!("client/tab_leader.js"),
+            "\n",
+            include_str!("client/receiver.js"),
+            "\n",
+            include_str!("client/message_bus.js"),
+            $last
+        )
+    };
+}
+
 static FILES: [File; 6] = [
     file("/", "text/html; charset=utf-8", include_str!("page.html")),
     file("/page.css", "text/css; charset=utf-8", include_str!("page.css")),
     file("/page.js", SCRIPT, include_str!("page.js")),
-    // One source; what differs is how a script learns where it came from, and how it gives the class away.
     file(
         "/shortbus.js",
         SCRIPT,
-        concat!(
-            "(() => {\nconst HERE = globalThis.document?.currentScript?.src;\n",
-            include_str!("client/client.js"),
-            "globalThis.MessageBus = MessageBus;\n})();\n"
+        client!(
+            "(() => {\nconst HERE = globalThis.document?.currentScript?.src;\n\n",
+            "\nglobalThis.MessageBus = MessageBus;\n})();\n"
         ),
     ),
     file(
         "/shortbus.mjs",
         SCRIPT,
-        concat!(
-            "const HERE = import.meta.url.startsWith(\"http\") ? import.meta.url : undefined;\n",
-            include_str!("client/client.js"),
-            "export { MessageBus, MessageBus as default };\n"
+        client!(
+            "const HERE = import.meta.url.startsWith(\"http\") ? import.meta.url : undefined;\n\n",
+            "\nexport { MessageBus, MessageBus as default };\n"
         ),
     ),
     file("/shortbus.d.ts", "text/plain; charset=utf-8", include_str!("shortbus.d.ts")),

@@ -653,25 +653,25 @@ test("when the tab with the stream is closed, crashes, freezes or goes, another 
   let pages = await tabs(t, chromium, "lead", 6);
   let next = 0;
   const heard = (pages, meanwhile) => hear(pages, "lead", next, (next += 30), meanwhile);
-  const take = async (leader, leave) => {
+  const takeOver = async (leader, leave) => {
     const rest = others(pages, leader);
     await heard(rest, () => leave(leader));
     await until("one stream", async () => (await ways(rest)).sort().join() === shared(rest.length));
     return rest;
   };
-  pages = await take(await lead(pages), (page) => page.close());
-  pages = await take(await lead(pages), async (page) => {
+  pages = await takeOver(await lead(pages), (page) => page.close());
+  pages = await takeOver(await lead(pages), async (page) => {
     const devtools = await page.createCDPSession();
     devtools.send("Page.crash").catch(() => {});
     await sleep(100);
   });
   const frozen = await lead(pages);
   const devtools = await frozen.createCDPSession();
-  await take(frozen, () => devtools.send("Page.setWebLifecycleState", { state: "frozen" }));
+  await takeOver(frozen, () => devtools.send("Page.setWebLifecycleState", { state: "frozen" }));
   await devtools.send("Page.setWebLifecycleState", { state: "active" });
   await heard(pages); // with what it slept through
   const gone = await lead(pages);
-  await take(gone, () => gone.goto(live.serve("gone.html", "<!doctype html>")));
+  await takeOver(gone, () => gone.goto(live.serve("gone.html", "<!doctype html>")));
   await gone.goBack();
   assert(await gone.evaluate(() => window.bus), "it was not kept");
   await heard(pages);
@@ -724,11 +724,11 @@ test("by Apache's mod_proxy_fcgi tabs share a stream, and lose nothing while ser
   assert.deepEqual(errors.flat().filter((code) => !["network", "http"].includes(code)), []);
 });
 
-test("a tab that was not told everything finds the rest", async (t) => {
+test("a tab to which not everything was relayed finds the rest", async (t) => {
   const pages = await tabs(t, chromium, "late", 2);
   const leader = await lead(pages);
   await hear(pages, "late", 0, 10);
-  // As if some of what it tells were told before the other one was there.
+  // As if the leader had relayed some of it before the other one was there.
   await leader.evaluate(() => {
     const { postMessage } = BroadcastChannel.prototype;
     BroadcastChannel.prototype.postMessage = function (news) {
@@ -748,7 +748,7 @@ test("a tab that was not told everything finds the rest", async (t) => {
   assert.deepEqual(await ways([leader, other]), ["stream", "poll"]);
   await leader.evaluate(() => (window.mute = false));
   await hear(pages, "late", 50, 60);
-  await until("what is told", async () => (await ways([other]))[0] === "tab");
+  await until("what is relayed", async () => (await ways([other]))[0] === "tab");
 });
 
 test("hidden, a page keeps its stream; offline and online again it finds what it missed", async (t) => {

@@ -84,7 +84,9 @@ function hurry(t, factor) {
 }
 
 const NEVER = { interval: 600_000 }; // between plain polls
-const GIVE_UP = 30_000; // milliseconds until the client gives a poll up, and the longest pause
+const POLL_TIMEOUT = 30_000; // milliseconds until the client gives up a poll
+const REQUEST_TIMEOUT = 10_000; // milliseconds until it gives up a join, or one try of a message
+const MAX_PAUSE = 30_000; // milliseconds, the longest pause after failures
 
 test("a bus is joined, and says who and where it is", async (t) => {
   assert.equal(standard, MessageBus);
@@ -379,13 +381,13 @@ test("failures lengthen the pauses, at random, up to half a minute, one poll at 
   const proxy = await proxied(t, site.bus("backoff"));
   const bus = await joined(t, proxy.url, { interval: 500 });
   const asked = hurry(t, 200);
-  const pauses = () => asked.filter((ms) => ms !== GIVE_UP && ms !== 500);
+  const pauses = () => asked.filter((ms) => ms !== POLL_TIMEOUT && ms !== 500);
   proxy.treat = () => undefined; // cut
   await until("errors", () => pauses().length >= 30);
   proxy.treat = (pass) => pass();
   await until("open again", () => bus.events.open.length === 2);
   const list = pauses();
-  list.forEach((pause, n) => assert(pause >= 0 && pause <= Math.min(GIVE_UP, 500 * 2 ** n), `${n}: ${pause}`));
+  list.forEach((pause, n) => assert(pause >= 0 && pause <= Math.min(MAX_PAUSE, 500 * 2 ** n), `${n}: ${pause}`));
   const mean = (part) => part.reduce((a, b) => a + b) / part.length;
   assert(mean(list.slice(10)) > 2 * mean(list.slice(0, 4)), `no growth: ${list}`);
   assert.equal(new Set(list).size, list.length, "no jitter");
@@ -531,14 +533,14 @@ test("a poll that hangs is given up and repeated; a send that hangs is given up"
   await until("a message", () => bus.heard().length);
   assert.deepEqual([bus.heard(), bus.events.error.length], [["after all"], 1]);
   said("network", 0)(bus.events.error[0].error);
-  assert(asked.includes(GIVE_UP) && proxy.mostPolling === 1);
+  assert(asked.includes(POLL_TIMEOUT) && proxy.mostPolling === 1);
   await assert.rejects(bus.send("never"), said("network", 0));
 });
 
 test("an interval beyond what timers take is no interval of zero", async (t) => {
   const asked = hurry(t, 1);
   await joined(t, site.bus("chat"), { interval: Infinity });
-  await until("the pause", () => asked.some((ms) => ms > GIVE_UP));
+  await until("the pause", () => asked.some((ms) => ms > POLL_TIMEOUT));
   assert(asked.every((ms) => ms < 2 ** 31), `${asked}`);
 });
 
@@ -716,9 +718,9 @@ test("failures lengthen a send's pauses at random, one try at a time", async (t)
   const [bus, proxy] = await sender(t, site.bus("tries"), () => refusal(503, "busy"), { interval: 700, deadline: 1e6 });
   const asked = hurry(t, 100);
   const sent = bus.send("x");
-  const pauses = () => asked.filter((ms) => ![GIVE_UP, 10_000, 700].includes(ms));
+  const pauses = () => asked.filter((ms) => ![POLL_TIMEOUT, REQUEST_TIMEOUT, 700].includes(ms));
   await until("tries", () => pauses().length > 20);
-  pauses().forEach((ms, n) => assert(ms >= 0 && ms <= Math.min(GIVE_UP, 500 * 2 ** n), `${n}: ${ms}`));
+  pauses().forEach((ms, n) => assert(ms >= 0 && ms <= Math.min(MAX_PAUSE, 500 * 2 ** n), `${n}: ${ms}`));
   assert(Math.max(...pauses()) > 4_000, `no growth: ${pauses()}`);
   assert(posts(proxy).length <= pauses().length + 1);
   proxy.treat = (pass) => pass();
@@ -744,7 +746,7 @@ test("a try that hangs is given up after ten seconds, and made again", async (t)
   const [bus] = await sender(t, site.bus("hanging"), (pass) => (hung++ ? pass() : door().opened));
   const asked = hurry(t, 50);
   assert(await bus.send("x"));
-  assert(asked.includes(10_000));
+  assert(asked.includes(REQUEST_TIMEOUT));
 });
 
 test("connected again, a send waits no longer", async (t) => {
@@ -866,10 +868,10 @@ function setClock(t, ahead) {
 
 test("on a signed bus two clients talk, and each message is signed as Node would", async (t) => {
   const url = site.bus("signed");
-  let seat;
+  let credentials;
   const proxy = await proxied(t, url, async (pass, request) => {
     const reply = await pass();
-    if (isJoin(request)) seat = JSON.parse(reply.body);
+    if (isJoin(request)) credentials = JSON.parse(reply.body);
     return reply;
   });
   const [ann, bob] = [open(t, proxy.url), await joined(t, url)];
@@ -882,11 +884,11 @@ test("on a signed bus two clients talk, and each message is signed as Node would
   const heard = bob.events.message.map(({ user, lastEventId }) => [user, Number(lastEventId)]);
   assert.deepEqual(heard, ids.map((id) => [ann.user, id]));
   assert.equal(proxy.requests.filter(isJoin).length, 1);
-  assert.equal(ann.user, seat.user);
+  assert.equal(ann.user, credentials.user);
   for (const { url, body } of posts(proxy)) {
     const { user, time, once, sig } = Object.fromEntries(new URL(url, "http://proxy").searchParams);
-    assert(user === String(seat.user) && Math.abs(time - Date.now()) < 10_000);
-    assert.equal(sig, sign(seat, user, time, once, body));
+    assert(user === String(credentials.user) && Math.abs(time - Date.now()) < 10_000);
+    assert.equal(sig, sign(credentials, user, time, once, body));
   }
 });
 

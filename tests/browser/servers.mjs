@@ -1,6 +1,6 @@
-// Real servers for the tests, as in tests/common/mod.rs: a memcached and an Apache of one's own in a temporary folder,
-// or an nginx with shortbus as a FastCGI server, killed and removed at the end, however the tests end; and a proxy that
-// does to requests what a test wants.
+// Real servers for the tests, as in tests/common/mod.rs: a memcached, with an Apache that runs the bus by CGI, or with an
+// nginx or an Apache in front of it as a FastCGI server. Each has a temporary folder of its own. All are killed and
+// removed at the end, however the tests end. A proxy does to requests what a test wants.
 
 import { spawn } from "node:child_process";
 import { chmodSync, closeSync, copyFileSync, existsSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
