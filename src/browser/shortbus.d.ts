@@ -28,7 +28,7 @@ export interface MessageBusEventMap<T = any> {
   /** Joined, or connected again. */
   open: Event;
   message: BusMessageEvent<T>;
-  /** A reply was no JSON; `data` is its text. */
+  /** A reply, or one message of a stream, was no JSON; `data` is its text. */
   messageerror: MessageEvent<string>;
   /** Some messages were gone before this client could read them. */
   missed: Event;

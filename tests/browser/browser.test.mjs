@@ -777,6 +777,29 @@ test("where tabs cannot share, a visible page has a connection, and hidden ones 
   for (const page of pages) assert(await send(page, "x"));
 });
 
+test("a message that is spoilt on its way is an error in each tab, and the stream goes on", async (t) => {
+  const spoil = (piece) => Buffer.from(piece.toString().replace('"spoil"}', "spoil}"));
+  const isStream = ({ url }) => url.includes("stream=1");
+  const treat = (pass, request) => (isStream(request) ? pass.on(spoil) : pass());
+  const [, proxy, pages] = await through(t, "spoilt", treat, live, 2);
+  for (const page of pages) {
+    await page.evaluate(() => {
+      window.log = { message: [], messageerror: [] };
+      for (const type of ["message", "messageerror"]) bus.addEventListener(type, ({ data }) => log[type].push(data));
+    });
+  }
+  await until("one stream for all", async () => (await ways(pages)).sort().join() === shared(2));
+  const streams = proxy.requests.filter(isStream).length;
+  for (const data of [1, "spoil", 2]) await live.publish(live.bus("spoilt"), data);
+  await until("all", async () => (await Promise.all(pages.map((page) => count(page)))).every((n) => n >= 2));
+  for (const page of pages) {
+    assert.deepEqual(await log(page), [1, 2]);
+    const [text, ...rest] = await log(page, "messageerror");
+    assert.deepEqual([text.replace(/\d+/g, 0), rest], ['{"id":0,"user":0,"data":spoil}', []]);
+  }
+  assert.equal(proxy.requests.filter(isStream).length, streams);
+});
+
 test("tabs behind a proxy without streams share a long poll; where these are cut, each polls", async (t) => {
   let cutting = false;
   const treat = (pass, request) => {

@@ -1081,6 +1081,21 @@ test("what a stream says twice, or has cut, is heard once", async (t) => {
   assert.deepEqual([cursors, bus.events.error], [[5, 6, 9], []]);
 });
 
+test("what is no message spoils itself alone, not its stream", async (t) => {
+  const encode = (text) => new TextEncoder().encode(text);
+  const event = (id, data = `{"id":${id},"user":2,"data":${id}}`) => `id: ${id}\ndata: ${data}\n\n`;
+  const spoilt = ["{no", "null", '{"id":"9"}', "<html>\n<body>"];
+  const events = [event(6), ...spoilt.slice(0, 3).map((text, n) => event(7 + n, text)), event(10)];
+  const last = "data: <html>\ndata: <body>\n\n"; // without an id of its own
+  const asked = stubStreams(t, [[encode(events.join("")), encode(last + event(12)), encode(event(13, spoilt[0]))]], true);
+  const bus = open(t, "http://stub.test/bus");
+  const order = [];
+  for (const type of ["message", "messageerror"]) bus.addEventListener(type, ({ data }) => order.push(data));
+  await until("all", () => bus.lastId === 13);
+  assert.deepEqual(order, [6, ...spoilt.slice(0, 3), 10, spoilt[3], 12, spoilt[0]]);
+  assert.deepEqual([bus.events.error, asked.filter((url) => isStream({ url })).length], [[], 1]);
+});
+
 for (const name of ["talk", "signed-talk"]) {
   test(`by a stream two clients talk at once, on the bus ${name}`, async (t) => {
     const url = live.bus(name);

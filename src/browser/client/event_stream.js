@@ -21,6 +21,15 @@ function eventReader(dispatch) {
   };
 }
 
+/** Reads a message. What is none spoils itself alone: its text is kept. */
+function readMessage(text, id) {
+  try {
+    const message = JSON.parse(text);
+    if (isId(message?.id)) return message;
+  } catch {} // not JSON
+  return { id, text };
+}
+
 /** Reads pages from the text of a bus's stream: what each piece brings, even if that is nothing. */
 function pageReader(deliver) {
   let page = { messages: [] };
@@ -36,7 +45,7 @@ function pageReader(deliver) {
       page.missed = true;
     } else if (type === "message" || type === "cursor") {
       page.last = Number(id);
-      if (type === "message") page.messages.push(JSON.parse(data));
+      if (type === "message") page.messages.push(readMessage(data, page.last));
     }
   });
   return (text) => {

@@ -245,7 +245,9 @@ class Receiver {
     // A lost counter may give lower ids than before. Without a loss, a lower id is an old reply from some cache.
     const passed = missed ? -1 : this.lastId;
     for (const message of messages) {
-      if (message.id > passed) this.#deliverMessage(message);
+      const { id, text } = message;
+      if (text !== undefined) this.#fire(new MessageEvent("messageerror", { data: text }));
+      else if (id > passed) this.#deliverMessage(message);
       if (this.#session.closed) return;
     }
     if (last > 0 && last > (missed ? 0 : this.lastId)) this.lastId = last;
