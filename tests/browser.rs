@@ -1,8 +1,9 @@
-//! The client and the page, as Node and real browsers have them: runs what is in `tests/browser`.
+//! The client, its types and the page, as Node, TypeScript and real browsers have them: runs what is in `tests/browser`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Once;
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/browser")
@@ -14,6 +15,20 @@ fn run(program: &str, arguments: &[&str]) -> (String, bool) {
     let output = output.unwrap_or_else(|error| panic!("{program}: {error}; make test installs it"));
     let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
     (text, output.status.success())
+}
+
+/// Installs Node's packages as the lock file has them, and anew where that has changed since.
+fn install() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        let stamp = folder().join("node_modules/.installed");
+        let lock = fs::read(folder().join("package-lock.json")).unwrap();
+        if fs::read(&stamp).ok().as_ref() != Some(&lock) {
+            let (text, success) = run("npm", &["ci", "--ignore-scripts", "--no-audit", "--no-fund"]);
+            assert!(success, "npm ci: {text}");
+            fs::write(&stamp, lock).unwrap();
+        }
+    });
 }
 
 /// Runs the tests of a file, each of which has to be run and to pass.
@@ -39,14 +54,13 @@ fn the_client_keeps_its_promises_in_node() {
 }
 
 #[test]
+fn the_types_are_what_the_client_has() {
+    install();
+    test("types.test.mjs");
+}
+
+#[test]
 fn browsers_talk_on_a_bus() {
-    // Installed as the lock file has it, and anew where that has changed since.
-    let stamp = folder().join("node_modules/.installed");
-    let lock = fs::read(folder().join("package-lock.json")).unwrap();
-    if fs::read(&stamp).ok().as_ref() != Some(&lock) {
-        let (text, success) = run("npm", &["ci", "--ignore-scripts", "--no-audit", "--no-fund"]);
-        assert!(success, "npm ci: {text}");
-        fs::write(&stamp, lock).unwrap();
-    }
+    install();
     test("browser.test.mjs");
 }

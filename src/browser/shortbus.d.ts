@@ -98,6 +98,7 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   removeEventListener(callback: (data: T) => void): void;
   removeEventListener(type: string, listener: EventListenerOrEventListenerObject | null, options?: boolean | EventListenerOptions): void;
 
+  /** The message events from now on, until the bus is closed or the loop is left. */
   [Symbol.asyncIterator](): AsyncIterator<BusMessageEvent<T>>;
 }
 
