@@ -13,6 +13,11 @@ fn file(name: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
 }
 
+/// A text whose lines may be folded elsewhere.
+fn words(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// The indented lines that follow a line with this text.
 fn block(after: &str) -> String {
     let readme = file("README.md");
@@ -89,31 +94,87 @@ fn it_lists_every_error_with_its_status() {
     assert_eq!(in_readme, in_source);
 }
 
-#[test]
-fn readme_help_and_examples_name_the_same_settings() {
-    let help = String::from_utf8(Command::new(executable()).env_clear().output().unwrap().stdout).unwrap();
-    let names = |text: &str| -> BTreeSet<String> {
-        let words = text.split(|char: char| !char.is_ascii_uppercase() && char != '_');
-        words
-            .filter(|word| word.starts_with("SHORTBUS_") && !word.contains("KEEP") && !word.contains("SOAK"))
-            .map(String::from)
-            .collect()
+/// What is in a folder, by its path in the repository.
+fn entries(folder: &str) -> Vec<String> {
+    let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).unwrap();
+    entries.map(|entry| format!("{folder}/{}", entry.unwrap().file_name().to_str().unwrap())).collect()
+}
+
+/// Every text file in these folders and below, with its text; in the repository's own folder no deeper.
+fn texts(folders: &[&str]) -> Vec<(String, String)> {
+    let read = |name: String| match Path::new(env!("CARGO_MANIFEST_DIR")).join(&name) {
+        path if path.is_dir() && (name.starts_with("./") || name.ends_with("/node_modules")) => vec![],
+        path if path.is_dir() => texts(&[&name]),
+        path => fs::read_to_string(path).map(|text| (name, text)).into_iter().collect(),
     };
-    let source = names(&file("src/config.rs"));
-    assert_eq!(source.len(), 8, "{source:?}");
-    assert_eq!(names(&file("README.md")), source);
-    assert_eq!(names(&help), source);
-    for example in ["apache-example.conf", "examples/nginx.conf"] {
-        let names = names(&file(example));
-        assert_eq!(names.difference(&source).filter(|name| *name != "SHORTBUS_CGI_BIN").count(), 0, "{example}");
-        assert!(names.is_superset(&source), "{example}: {names:?}");
+    folders.iter().flat_map(|folder| entries(folder)).flat_map(read).collect()
+}
+
+/// The settings that the source reads.
+fn settings() -> BTreeSet<String> {
+    file("src/config.rs").split('"').filter(|text| text.starts_with("SHORTBUS_")).map(String::from).collect()
+}
+
+/// What a page gets wrong about settings: it names one that does not exist, or claims to list all and omits one.
+fn settings_faults(page: &str, lists_all: bool) -> Vec<String> {
+    let names = |text: &str| -> BTreeSet<String> {
+        let words = text.split(|char: char| !char.is_ascii_uppercase() && !char.is_ascii_digit() && char != '_');
+        words.filter(|word| word.starts_with("SHORTBUS_") && *word != "SHORTBUS_").map(String::from).collect()
+    };
+    // Apache's own variables, and those that tests read.
+    let is_known = |name: &str| {
+        let reads =
+            |text: &str| ["var", "var_os"].iter().any(|call| text.contains(&format!("env::{call}(\"{name}\")")));
+        page.contains(&format!("Define {name} ")) || texts(&["tests"]).iter().any(|(_, text)| reads(text))
+    };
+    let settings = settings();
+    let unknown = names(page).into_iter().filter(|name| !settings.contains(name) && !is_known(name));
+    let mut faults: Vec<String> = unknown.map(|name| format!("{name} is no setting")).collect();
+    if lists_all {
+        // A table lists what its rows begin with.
+        let rows: Vec<&str> =
+            page.lines().filter_map(|line| line.strip_prefix("| `SHORTBUS_")?.split('`').next()).collect();
+        let listed =
+            names(&if rows.is_empty() { page.into() } else { format!("SHORTBUS_{}", rows.join(" SHORTBUS_")) });
+        faults.extend(settings.difference(&listed).map(|name| format!("{name} is not listed")));
+    }
+    faults
+}
+
+#[test]
+fn pages_and_examples_name_only_settings_that_exist_and_lists_of_settings_are_whole() {
+    let help = String::from_utf8(Command::new(executable()).env_clear().output().unwrap().stdout).unwrap();
+    assert_eq!(settings().len(), 8, "{:?}", settings());
+    assert_eq!(settings_faults(&help, true), [""; 0], "--help");
+    let pages = texts(&[".", "docs", "examples", "src"]);
+    for (name, page) in &pages {
+        assert_eq!(settings_faults(page, name == "docs/settings.md"), [""; 0], "{name}");
+    }
+    // Told once: an example shows how to set one, and where to read of all.
+    let is_example = |name: &str| name.ends_with(".conf") || name.ends_with(".service");
+    let examples: Vec<_> = pages.iter().filter(|(name, _)| is_example(name)).collect();
+    assert_eq!(examples.len(), 6);
+    for (name, page) in examples {
+        assert!(page.contains("docs/settings.md lists them") && page.contains("SHORTBUS_TTL"), "{name}");
     }
 }
 
 #[test]
+fn a_setting_that_is_misspelt_or_left_out_is_found() {
+    let page = file("docs/settings.md");
+    for name in settings() {
+        assert_eq!(settings_faults(&format!("SetEnv {name}S 1"), false), [format!("{name}S is no setting")]);
+        let row = format!("| `{name}` |");
+        let shorter: Vec<&str> = page.lines().filter(|line| !line.starts_with(&row)).collect();
+        assert_eq!(settings_faults(&shorter.join("\n"), true), [format!("{name} is not listed")]);
+    }
+    assert_eq!(settings_faults("SHORTBUS_KEEP, SHORTBUS_CGI_BIN", false), ["SHORTBUS_CGI_BIN is no setting"]);
+}
+
+#[test]
 fn its_limits_are_the_sources() {
-    let readme = file("README.md");
     use shortbus::limits::*;
+    let pages = ["README.md", "docs/settings.md"].map(|page| words(&file(page))).concat();
     for text in [
         format!("| `SHORTBUS_TTL` | {TTL_DEFAULT} | seconds a message lives, 1 to {TTL_MAX};"),
         format!("| `SHORTBUS_MAX_BYTES` | {BYTES_DEFAULT} | largest message body, 1 to {BYTES_MAX} |"),
@@ -127,19 +188,19 @@ fn its_limits_are_the_sources() {
         format!("reads `last` every {} ms", WATCH_INTERVAL.as_millis()),
         format!("a comment every {} seconds", HEARTBEAT.as_secs()),
     ] {
-        assert!(readme.contains(&text), "{text}");
+        assert!(pages.contains(&text), "{text}");
     }
     // In words.
-    assert!(readme.contains("remembered for twice the TTL, and a minute at least") && ONCE_LEAST == 60);
-    assert!(readme.contains("for at most\n  about three seconds") && ONCE_LEASE == 3);
-    assert!(readme.contains("is gone within\nfive seconds") && (GRACE + ACCEPT_PAUSE).as_secs() < 5);
+    assert!(pages.contains("remembered for twice the TTL, and a minute at least") && ONCE_LEAST == 60);
+    assert!(pages.contains("for at most about three seconds") && ONCE_LEASE == 3);
+    assert!(pages.contains("is gone within five seconds") && (GRACE + ACCEPT_PAUSE).as_secs() < 5);
     assert!(
-        readme.contains("at most 1,000 messages and about 1 MiB") && (REPLY_MESSAGES, REPLY_BYTES) == (1_000, 1 << 20)
+        pages.contains("at most 1,000 messages and about 1 MiB") && (REPLY_MESSAGES, REPLY_BYTES) == (1_000, 1 << 20)
     );
 }
 
 #[test]
 fn its_client_is_as_small_as_it_says() {
     let bytes = shortbus::browser::find(b"/shortbus.js").unwrap().body.len();
-    assert!(file("README.md").contains(&format!("It is\n{bytes} bytes as it stands")), "{bytes}");
+    assert!(words(&file("README.md")).contains(&format!("It is {bytes} bytes as it stands")), "{bytes}");
 }
