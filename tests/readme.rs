@@ -204,3 +204,40 @@ fn its_client_is_as_small_as_it_says() {
     let bytes = shortbus::browser::find(b"/shortbus.js").unwrap().body.len();
     assert!(words(&file("README.md")).contains(&format!("It is {bytes} bytes as it stands")), "{bytes}");
 }
+
+/// The points of a numbered list: each point's sentence, without Markdown's and rustdoc's marks, and the tests it names.
+fn points(text: &str) -> Vec<(String, Vec<String>)> {
+    let mut points: Vec<(String, Vec<String>)> = Vec::new();
+    for line in text.lines().map(|line| line.trim_start_matches("//!").trim()) {
+        let bare = line.replace(['`', '[', ']'], "").replace("crate::limits::", "");
+        if line.starts_with(&format!("{}. ", points.len() + 1)) {
+            points.push((bare, vec![]));
+            continue;
+        }
+        let Some((sentence, tests)) = points.last_mut() else { continue };
+        match line.strip_prefix("- `").and_then(|test| test.strip_suffix('`')) {
+            Some(test) => tests.push(test.into()),
+            None if line.is_empty() => break,
+            None if tests.is_empty() => *sentence += &format!(" {bare}"),
+            None => {}
+        }
+    }
+    points
+}
+
+#[test]
+fn each_point_of_security_is_that_of_the_source_and_has_tests_that_exist() {
+    let source = file("src/http/mod.rs");
+    let in_source = points(source.split_once("\npub mod ").unwrap().0);
+    let page = file("SECURITY.md");
+    let told = points(page.split_once("## What keeps a bus safe").unwrap().1);
+    assert!(in_source.len() >= 9 && told.len() == in_source.len(), "{told:?} {in_source:?}");
+    for ((told, tests), (in_source, _)) in told.iter().zip(&in_source) {
+        assert_eq!(told, in_source);
+        assert!(!tests.is_empty(), "{told}");
+        for test in tests {
+            let (module, function) = test.split_once("::").unwrap();
+            assert!(file(&format!("tests/{module}.rs")).contains(&format!("\nfn {function}(")), "{test}");
+        }
+    }
+}

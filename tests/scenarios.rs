@@ -1065,3 +1065,26 @@ fn a_settings_value_need_not_be_text() {
         assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1);
     }
 }
+
+#[test]
+fn nothing_of_a_request_breaks_out_of_a_header_or_a_log_line() {
+    let site = Site::start(Front::Bare);
+    site.copy("chat");
+    let hostile = "https://a.example\r\nX-Evil: 1\n\n\x1b[2J\x07\u{9b}\u{2028}\u{202e}<script>";
+    let plain = |char: char| char.is_ascii_graphic() || char == ' ';
+    for name in ["PATH_INFO", "QUERY_STRING", "REQUEST_METHOD", "HTTP_ORIGIN", "HTTP_IF_NONE_MATCH", "CONTENT_LENGTH"] {
+        for origins in ["*", "https://b.example"] {
+            let mut command = std::process::Command::new(site.cgi_bin("chat"));
+            command.env("REQUEST_METHOD", "POST").env("QUERY_STRING", "user=x").env("SHORTBUS_MEMCACHED", "/nowhere");
+            let output = command.env("SHORTBUS_ALLOW_ORIGIN", origins).env(name, hostile).output().unwrap();
+            let (reply, log) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+            let (headers, body) = reply.split_once("\r\n\r\n").unwrap();
+            for evil in ["evil", "a.example", "\x1b", "script"] {
+                assert!(!headers.to_lowercase().contains(evil), "{name}: {headers}");
+            }
+            assert!(serde_json::from_str::<Value>(body).unwrap()["error"].is_string(), "{name}: {body}");
+            let line = log.strip_suffix('\n').unwrap();
+            assert!(line.starts_with("shortbus: chat: ") && line.chars().all(plain), "{name}: {line:?}");
+        }
+    }
+}
