@@ -1,4 +1,4 @@
-//! What README says is so.
+//! What README and the other pages say is so.
 
 mod common;
 
@@ -19,9 +19,9 @@ fn words(text: &str) -> String {
 }
 
 /// The indented lines that follow a line with this text.
-fn block(after: &str) -> String {
-    let readme = file("README.md");
-    let (_, rest) = readme.split_once(after).unwrap_or_else(|| panic!("README has no {after:?}"));
+fn block(page: &str, after: &str) -> String {
+    let text = file(page);
+    let (_, rest) = text.split_once(after).unwrap_or_else(|| panic!("{page} has no {after:?}"));
     let lines = rest.lines().skip(1).skip_while(|line| line.is_empty());
     lines.take_while(|line| line.starts_with("    ")).map(|line| format!("{}\n", line.trim_start())).collect()
 }
@@ -30,7 +30,7 @@ fn block(after: &str) -> String {
 fn its_curl_lines_work_as_written() {
     let site = Site::start(Front::ApacheCgid);
     site.copy("chat");
-    let lines = block("From a terminal (").replace("http://localhost/", &site.url());
+    let lines = block("README.md", "From a terminal (").replace("http://localhost/", &site.url());
     assert_eq!(lines.lines().count(), 4, "{lines}");
     let output = Command::new("sh").args(["-ec", &lines.replace("curl", "curl -sS")]).output().unwrap();
     let printed = String::from_utf8(output.stdout).unwrap();
@@ -45,7 +45,7 @@ fn its_curl_lines_work_as_written() {
 fn its_stream_is_heard_by_curl_as_written() {
     let site = Site::start(Front::ApacheProxyFcgi);
     let id = site.post("chat?user=1", "\"hello\"").json()["id"].clone();
-    let line = block("as browsers send it by themselves:").replace("curl", "curl -sS --max-time 3");
+    let line = block("docs/fastcgi.md", "From a terminal:").replace("curl", "curl -sS --max-time 3");
     let script = format!("B={}cgi-bin/chat\n{line}", site.url());
     let output = Command::new("sh").args(["-c", &script]).output().unwrap();
     let printed = String::from_utf8(output.stdout).unwrap();
@@ -58,7 +58,7 @@ fn its_stream_is_heard_by_curl_as_written() {
 fn its_signature_by_openssl_is_right_as_written() {
     let site = Site::with(Front::ApacheCgid, &[("", &[("SHORTBUS_AUTH", "signed")])]);
     site.copy("chat");
-    let lines = block("From a terminal, on a signed bus").replace("http://localhost/", &site.url());
+    let lines = block("docs/signed.md", "From a terminal, on a signed bus").replace("http://localhost/", &site.url());
     assert_eq!(lines.lines().count(), 9, "{lines}");
     // A secret may begin with any of base64url's characters, a hyphen too; and '+' and '/' have to go.
     for _ in 0..20 {
@@ -174,7 +174,7 @@ fn a_setting_that_is_misspelt_or_left_out_is_found() {
 #[test]
 fn its_limits_are_the_sources() {
     use shortbus::limits::*;
-    let pages = ["README.md", "docs/settings.md"].map(|page| words(&file(page))).concat();
+    let pages = ["README.md", "docs/settings.md", "docs/fastcgi.md"].map(|page| words(&file(page))).concat();
     for text in [
         format!("| `SHORTBUS_TTL` | {TTL_DEFAULT} | seconds a message lives, 1 to {TTL_MAX};"),
         format!("| `SHORTBUS_MAX_BYTES` | {BYTES_DEFAULT} | largest message body, 1 to {BYTES_MAX} |"),
@@ -203,6 +203,39 @@ fn its_limits_are_the_sources() {
 fn its_client_is_as_small_as_it_says() {
     let bytes = shortbus::browser::find(b"/shortbus.js").unwrap().body.len();
     assert!(words(&file("README.md")).contains(&format!("It is {bytes} bytes as it stands")), "{bytes}");
+}
+
+#[test]
+fn its_figures_are_those_of_the_bench_and_explained_alike() {
+    let figures = file("docs/figures.md");
+    for bench in ["benches/bench.rs", "benches/persistent.rs"] {
+        let source = file(bench);
+        let (_, legend) = source.split_once("const LEGEND: &str = \"\\\n").unwrap();
+        assert!(figures.contains(legend.split_once("\";").unwrap().0), "{bench}");
+    }
+    let readme = words(&file("README.md"));
+    for (told, figure) in [
+        ("an empty poll takes 0.677 ms", "| **Empty poll**, TCP | 0.677 ms "),
+        ("prints a fixed reply takes 0.511 ms", "| One process: fixed | 0.511 ms "),
+        ("some 23,000 polls a second over four connections", "| **empty poll**, 4 connections | 23374 a second "),
+        ("10,000 streams at 3.3 KB each", "| 10000 streams in one process | 3.3 KB each |"),
+    ] {
+        assert!(readme.contains(told) && figures.contains(figure), "{told}");
+    }
+}
+
+#[test]
+fn its_links_to_files_lead_to_one() {
+    let mut links = 0;
+    for (name, page) in texts(&[".", "docs", "examples"]).iter().filter(|(name, _)| name.ends_with(".md")) {
+        let targets = page.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+        for target in targets.filter(|target| !target.is_empty() && !target.contains("://")) {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name).parent().unwrap().join(target);
+            assert!(path.exists(), "{name}: {target}");
+            links += 1;
+        }
+    }
+    assert!(links > 10, "{links}");
 }
 
 /// The points of a numbered list: each point's sentence, without Markdown's and rustdoc's marks, and the tests it names.
