@@ -13,28 +13,28 @@ use crate::variables::environment;
 const HELP: &str = "\
 shortbus: a broadcasting message bus for browser pages, in one executable, for CGI and FastCGI.
 
-Copy this file into a web server's cgi-bin, and the copy's name is a bus:
+Copy this file into a web server's cgi-bin. The copy's name is a bus:
   cp cgi-bin/shortbus /usr/lib/cgi-bin/chat
 
   GET  /cgi-bin/chat                join: {\"user\":U,\"id\":N}
   GET  /cgi-bin/chat?user=U&id=N    poll: the messages after N that U did not send
-  POST /cgi-bin/chat?user=U         publish the JSON value in the body, with &once=K at most once for each K
+  POST /cgi-bin/chat?user=U         publish the JSON value in the body; with &once=K at most once for each K
 
-Started with a listening socket as fd 0 (spawn-fcgi, systemd), it stays and serves FastCGI; polls may then wait, &wait=60,
-or stream, &stream=1. README tells more, also of signed buses.
+Started with a listening socket as fd 0 (spawn-fcgi, systemd), this file stays up and serves FastCGI. Polls may then wait,
+&wait=60, or stream, &stream=1. README.md and docs/ tell more, also of signed buses.
 
 By hand:
   --check      show the settings, reach memcached, write and read a test message
   --version    show the version
   --help       show this
 
-Settings are environment variables, set by the web server: SHORTBUS_TTL, SHORTBUS_MAX_BYTES, SHORTBUS_MEMCACHED,
-SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN, SHORTBUS_WAIT, SHORTBUS_AUTH, SHORTBUS_KEY. A bus needs none, but memcached
-1.6.10 or later on 127.0.0.1:11211.
+The web server sets settings, as environment variables: SHORTBUS_TTL, SHORTBUS_MAX_BYTES, SHORTBUS_MEMCACHED,
+SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN, SHORTBUS_WAIT, SHORTBUS_AUTH, SHORTBUS_KEY. docs/settings.md says what each does.
+A bus needs no setting, but a memcached 1.6.10 or later on 127.0.0.1:11211.
 ";
 
-/// Runs one command: the exit code (0 well, 1 the check failed, 2 no such command), and the text for stdout, or
-/// for stderr where the code is 2.
+/// Runs one command. Returns the exit code (0 well, 1 the check failed, 2 no such command) and the text: for stderr
+/// where the code is 2, else for stdout.
 pub fn run(argv0: &[u8], arguments: &[Vec<u8>]) -> (i32, String) {
     match arguments {
         [] => (0, HELP.into()),
