@@ -45,7 +45,7 @@ pub struct Config {
     pub memcached: Vec<String>,
     /// Origins whose pages may use the bus, `*` for all.
     pub allow_origin: Vec<String>,
-    /// Longest time a request may be held, seconds; 0 for not at all.
+    /// Longest time a poll may wait, seconds; 0 turns waits and streams off.
     pub wait: u32,
     /// Who may publish.
     pub auth: Auth,
@@ -56,7 +56,7 @@ pub struct Config {
 pub enum Auth {
     /// Anyone, as any user.
     Open,
-    /// Each user as itself, by a signature. With the bus key; without one, memcached keeps one.
+    /// Each user as itself, by a signature. With the bus key; `None` where memcached keeps it.
     Signed(Option<Vec<u8>>),
 }
 
@@ -68,11 +68,11 @@ impl std::fmt::Debug for Auth {
 }
 
 impl Config {
-    /// Reads the settings; `argv0` is the executable's path as the web server gave it, `wait` the longest time that a
-    /// request is held where nothing is set.
+    /// Reads the settings. `argv0` is the executable's path as the web server gave it, `wait` the default of
+    /// `SHORTBUS_WAIT`.
     ///
     /// # Errors
-    /// An [`Error`] for the first setting that cannot be used: never a default in its place.
+    /// An [`Error`] for the first setting that cannot be used; no default takes its place.
     pub fn read(variables: Variables, argv0: &[u8], wait: u32) -> Result<Config, Error> {
         let number = |name, default, range, allowed| number(variables, name, default, range, allowed);
         let bus = match variables("SHORTBUS_BUS") {
@@ -106,9 +106,9 @@ impl Config {
         self.ttl.min(limits::CLOCK_MAX)
     }
 
-    /// Seconds for which a `once` is remembered: a repeat may be the one that publishes, up to a TTL after the first
-    /// request, and is remembered for a TTL from then. On a signed bus that is as long as a signature is good, from a
-    /// clock that is ahead until it is too old.
+    /// Seconds for which the bus remembers a `once`. A repeat may publish up to a TTL after the first request, and the
+    /// bus remembers it for a TTL from then. On a signed bus a signature is valid for as long, if the client's clock is
+    /// ahead by a TTL.
     pub fn once_ttl(&self) -> u32 {
         ((2 * self.ttl).max(limits::ONCE_LEAST) + limits::ONCE_SLACK).min(limits::TTL_MAX)
     }
@@ -122,7 +122,7 @@ fn auth(variables: Variables) -> Result<Auth, Error> {
         return Err(Error::new("SHORTBUS_AUTH", String::from_utf8_lossy(&auth).into_owned(), AUTH_ALLOWED));
     }
     match variables("SHORTBUS_KEY") {
-        // Its length only: what is logged is read by many.
+        // Only the key's length: many people read logs.
         Some(key) if key.len() < limits::KEY_MIN => {
             Err(Error::new("SHORTBUS_KEY", format!("{} bytes long", key.len()), KEY_ALLOWED))
         }
@@ -146,7 +146,7 @@ fn number(
     }
 }
 
-/// A list separated by white space: empty where the variable is unset, never where it is set.
+/// A list separated by white space. It is empty only where the variable is unset.
 fn list(
     variables: Variables,
     name: &'static str,

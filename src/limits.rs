@@ -15,12 +15,12 @@ pub const TTL_MAX: u32 = 30 * 24 * 60 * 60;
 pub const BYTES_DEFAULT: usize = 10_240;
 
 /// Largest `SHORTBUS_MAX_BYTES`: memcached's item limit is 1 MiB by default, and key (at most 250 bytes), user id
-/// and item header (about 60) count towards it. A slot that memcached refuses would leave a hole in the ids.
+/// and item header (about 60) count towards it. A slot that memcached refuses leaves a hole in the ids.
 pub const BYTES_MAX: usize = 1_000_000;
 
-/// Deepest nesting of a message, arrays and objects. Browsers read any depth, but the JSON readers of other
-/// languages stop (serde_json at 128, PHP at 512, Python near 1,000), and one such message would fail all of
-/// their polls for as long as it lives.
+/// Deepest nesting of a message, arrays and objects. Browsers read any depth, but the JSON readers of other languages
+/// stop (serde_json at 128, PHP at 512, Python near 1,000). One deeper message would fail all of their polls for as
+/// long as it lives.
 pub const DEPTH_MAX: usize = 128;
 
 /// Longest percent-encoded bus name that goes into the keys as it is; a longer one is cut and hashed.
@@ -30,38 +30,39 @@ pub const NAME_MAX: usize = 150;
 /// Longest `once`, bytes: room for a UUID or a hash in hexadecimal digits.
 pub const ONCE_MAX: usize = 64;
 
-/// Seconds by memcached's clock for which the first of several requests with one `once` is taken to be at work. It is
-/// not: [`STORE_DEADLINE`] is over by then. Before that a repeat has to wait, afterwards it publishes itself.
+/// Seconds, by memcached's clock, for which a repeat takes the first request with its `once` to be at work, and waits.
+/// After that the first request cannot be at work, as its [`STORE_DEADLINE`] is over: the repeat publishes itself.
 pub const ONCE_LEASE: u32 = 3;
 
-/// Seconds by memcached's clock that a `once` is remembered beyond twice the TTL: a message may be stored
-/// [`STALE`] after its record was read, and an item lives up to one second less than it was given.
+/// Seconds, by memcached's clock, for which the bus remembers a `once` beyond twice the TTL. A publisher may store a
+/// message [`STALE`] after it read the record, and memcached may end an item one second early.
 pub const ONCE_SLACK: u32 = 3;
 
-/// Seconds that a `once` is remembered where twice the TTL is less: longer than the browser client repeats a message.
+/// Seconds for which the bus remembers a `once` where twice the TTL is less: longer than the browser client repeats a
+/// message.
 pub const ONCE_LEAST: u32 = 60;
 
-/// Least bytes of `SHORTBUS_KEY`: as many as SHA-256 gives out (RFC 2104 section 3).
+/// Least bytes of `SHORTBUS_KEY`: as many as SHA-256 gives (RFC 2104 section 3).
 pub const KEY_MIN: usize = 32;
 
 /// Longest time, seconds, by which a signature's `time` may differ from the server's clock, where the TTL is longer.
-/// A signature can be good for twice as long, and for that long memcached has to remember its `once`.
+/// A signature may be valid for twice as long, and memcached has to remember its `once` for that time.
 pub const CLOCK_MAX: u32 = TTL_MAX / 2 - ONCE_SLACK;
 
-/// Time for all of a request's talk with memcached: connecting and every exchange. With the process's own
-/// start it keeps the promise of an answer within two seconds.
+/// Time for all of a request's exchanges with memcached, connecting included. Together with the start of the process
+/// this keeps the promise of an answer within two seconds.
 pub const STORE_DEADLINE: Duration = Duration::from_millis(1_500);
 
-/// A publisher that finds more than this gone since it read `last` reads it again rather than claim a slot
-/// (the two-second rule): by then the slot may have been claimed, read and expired, and what it stored there it
-/// could not acknowledge. Never more than the TTL.
+/// A publisher that read `last` longer ago than this reads it again before it claims a slot (the two-second rule). By
+/// then others may have claimed the slot, read it and seen it expire; the publisher could not acknowledge what it
+/// stored there. Where the TTL is shorter, the TTL takes its place.
 pub const STALE: Duration = Duration::from_secs(2);
 
 /// Tries to claim a slot before a publish gives up as `busy`. 64 simultaneous publishers need about five.
 pub const TRIES: u32 = 64;
 
-/// Bounds of the random pause before try number `n` (from the third): half to one times this, times `n`. Shorter
-/// ones make 64 publishers refuse each other (`make bench`).
+/// Bounds of the random pause before try number `n` (from the third): half to one times this, times `n`. With shorter
+/// pauses 64 publishers refuse each other (`make bench`).
 pub const BACK_OFF: Duration = Duration::from_micros(500);
 
 /// Slots a poll reads in the same write as `last`: enough for most polls to need one round trip.
@@ -85,80 +86,82 @@ pub const REPLY_BYTES: usize = 1 << 20;
 /// Bytes that a message takes in a reply beside its data, at most: names, punctuation and two ids of 16 digits.
 pub const REPLY_MESSAGE: usize = r#"{"id":,"user":,"data":},"#.len() + 2 * 16;
 
-/// Bytes of slots a poll looks through, its user's own included, before it answers with what it has.
+/// Bytes of slots that a poll reads before it answers with what it has. The slots of the poll's own user count.
 pub const SCAN_BYTES: usize = 16 << 20;
 
 /// What a slot counts towards [`SCAN_BYTES`] beside its value: about a command and its reply's header.
 pub const SCAN_SLOT: usize = 64;
 
-/// Retry-After of a 503, seconds.
+/// Retry-After of a 503 and of `once_undecided`, seconds.
 pub const RETRY_AFTER: u32 = 1;
 
 /// How long a browser may keep a preflight's answer, seconds (Chromium caps it at 7,200).
 pub const PREFLIGHT_AGE: u32 = 7_200;
 
-/// FastCGI connections served at a time, each with at most one request; fewer where the process may open fewer files.
-/// Beyond it, requests are told to come back later.
+/// FastCGI connections that a process serves at a time, each with at most one request; fewer where the process may open
+/// fewer files. Requests on further connections get a 503.
 pub const CONNECTIONS: usize = 16_384;
 
-/// Bytes of a FastCGI request's parameters, names and lengths included. nginx and Apache let some 40 KB of request
-/// headers through as they come.
+/// Bytes of a FastCGI request's parameters, names and lengths included. nginx and Apache pass on some 40 KB of request
+/// headers.
 pub const PARAMETERS_BYTES: usize = 64 << 10;
 
-/// Bytes of a FastCGI management record: three known names are asked for, 45 bytes.
+/// Bytes of a FastCGI management record. A web server asks for three known names, 45 bytes.
 pub const MANAGEMENT_BYTES: usize = 512;
 
-/// memcached servers a process keeps a connection to when nobody waits for them.
+/// memcached servers beyond which a process closes its idle connections before it opens another.
 pub const SERVERS: usize = 64;
 
-/// Connections beyond [`CONNECTIONS`] that are still taken, each for one request, to say so. The rest wait in the
-/// socket's queue.
+/// Connections beyond [`CONNECTIONS`] that a process accepts, each for one 503. Further ones wait in the socket's
+/// queue.
 pub const CONNECTIONS_REFUSED: usize = 16;
 
-/// Files a FastCGI process keeps for other things than web servers' connections: memcached servers, a name server,
-/// the event loop, the standard streams.
+/// Files that a FastCGI process keeps for other purposes than web servers' connections: memcached servers, a name
+/// server, the event loop, the standard streams.
 pub const FILES_SPARE: usize = 32;
 
 /// Pause before accepting again when the system has run out of file descriptors or memory.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// How long a web server may pause in the middle of a request it sends, or of a reply it takes; as long as nginx and
-/// Apache wait themselves.
+/// How long a web server may pause in the middle of a request that it sends, or of a reply that it takes: as long as
+/// nginx and Apache wait themselves.
 pub const PEER_DEADLINE: Duration = Duration::from_secs(60);
 
-/// The same where its connection is refused.
-pub const REFUSED_DEADLINE: Duration = Duration::from_secs(1);
+/// [`PEER_DEADLINE`] of a connection beyond [`CONNECTIONS`].
+pub const BEYOND_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How long a process that was told to end finishes what it is answering: no reply takes longer than
-/// [`STORE_DEADLINE`], and a web server that does not read it is not waited for.
+/// How long a process that got SIGTERM goes on with the replies that it has begun. No reply takes longer than
+/// [`STORE_DEADLINE`]; the process does not wait for a web server that reads no reply.
 pub const GRACE: Duration = Duration::from_secs(4);
 
-/// Longest time a poll is held, seconds: most servers and proxies end a silent exchange after 60.
+/// Longest time a poll waits, seconds: most servers and proxies end a silent exchange after 60.
 pub const WAIT_MAX: u32 = 60;
 
-/// How often the watcher of a bus asks memcached while somebody waits: a message from another process is under way for
-/// half of it on average. Twice as often takes another percent of a core.
+/// How often a bus's watcher asks memcached while a client waits. A message from another process is under way for half
+/// of this on average. Half the interval would take another percent of a core.
 pub const WATCH_INTERVAL: Duration = Duration::from_millis(8);
 
 /// How often a CGI process that waits asks memcached.
 pub const CGI_WATCH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Pause of those who wait before asking a memcached again that failed them.
+/// How long a wait or a stream pauses after memcached failed, before it asks again.
 pub const WATCH_RETRY: Duration = Duration::from_secs(1);
 
-/// Bytes of the newest messages that a watcher keeps for those who wait; the newest one is always read once for all.
+/// Bytes of the newest messages that a watcher keeps for the clients that wait. It reads the newest message once for
+/// all of them, whatever its size.
 pub const SHARED_BYTES: usize = 1 << 20;
 
-/// Comments keep an event stream from being taken for dead: "every 15 seconds or so" (WHATWG HTML, section 9.2.7).
+/// How often an event stream gets a comment, so that no proxy takes it for dead: "every 15 seconds or so" (WHATWG HTML,
+/// section 9.2.7).
 pub const HEARTBEAT: Duration = Duration::from_secs(15);
 
-/// A browser whose event stream broke comes back after one to two times this, milliseconds.
+/// After its event stream broke, a browser comes back after one to two times this, milliseconds.
 pub const RETRY_MILLIS: u32 = 1_000;
 
-/// How long the reader of an event stream may take for what was new at a time, before it is cut off. It comes back
-/// with its cursor, and nothing is kept for it meanwhile.
+/// How long the reader of an event stream may take to read what the process wrote at a time. Then the process closes
+/// the stream. The reader comes back with its cursor, and the process keeps nothing for it meanwhile.
 pub const STREAM_STALL: Duration = Duration::from_secs(10);
 
-/// How long a publisher waits for its bus's lock in its process. With [`STORE_DEADLINE`] it keeps the promise of
-/// an answer within two seconds.
+/// How long a publisher waits for the other publishers of its process. Together with [`STORE_DEADLINE`] this keeps the
+/// promise of an answer within two seconds.
 pub const PUBLISH_LOCK: Duration = Duration::from_millis(250);

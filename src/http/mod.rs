@@ -1,6 +1,6 @@
 //! From a request's variables and body to a response, whichever front brought it.
 //!
-//! What keeps a bus safe, each point with its test in `tests/`:
+//! What keeps a bus safe; SECURITY.md names the tests of each point:
 //! 1. argv is never looked at under a web server (CVE-2012-1823, CVE-2024-4577).
 //! 2. Only variables named in this crate are read; a request header can set none but its own `HTTP_...` (CVE-2016-5385).
 //! 3. A foreign page can neither publish nor read, unless its origin is allowed.
