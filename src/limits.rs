@@ -128,7 +128,7 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub const PEER_DEADLINE: Duration = Duration::from_secs(60);
 
 /// [`PEER_DEADLINE`] of a connection beyond [`CONNECTIONS`].
-pub const BEYOND_DEADLINE: Duration = Duration::from_secs(1);
+pub const REFUSED_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How long a process that got SIGTERM goes on with the replies that it has begun. No reply takes longer than
 /// [`STORE_DEADLINE`]; the process does not wait for a web server that reads no reply.
