@@ -67,7 +67,7 @@ fn its_signature_by_openssl_is_right_as_written() {
 
 #[test]
 fn it_lists_every_error_with_its_status() {
-    let source = file("src/error.rs");
+    let source = file("src/http/error.rs");
     let in_source: BTreeSet<(String, String)> = (source.split("=> (").skip(1))
         .filter_map(|rest| rest.split_once(')')?.0.split_once(", \""))
         .map(|(status, code)| (status.into(), code.trim_end_matches('"').into()))
