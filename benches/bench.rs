@@ -3,8 +3,9 @@
 //! What is compared is measured in turns, in an order drawn anew for every round, so that whatever else the machine
 //! does hits all alike. The bench judges nothing but that the replies are right.
 
-#[path = "../tests/common/mod.rs"]
-mod common;
+#[path = "../tests/fixtures/mod.rs"]
+#[allow(dead_code, unused_macros, reason = "each bench uses its part")]
+mod fixtures;
 mod measure;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -17,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64ct::{Base64UrlUnpadded, Encoding};
-use common::{Folder, Front, Memcached, Site, Stream, executable};
+use fixtures::{Folder, Front, Memcached, Site, Stream, executable};
 use hmac::{Hmac, KeyInit, Mac};
 use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;
@@ -400,12 +401,8 @@ type Connection = BufReader<Box<dyn Stream>>;
 
 fn connect(site: &Site) -> Connection {
     BufReader::new(match site.front {
-        Front::NginxFcgiwrap => Box::new(UnixStream::connect(site.folder().join("nginx.sock")).unwrap()),
-        _ => {
-            let config = site.folder().text("apache.conf");
-            let address = config.lines().find_map(|line| line.strip_prefix("Listen ")).unwrap();
-            Box::new(TcpStream::connect(address).unwrap())
-        }
+        Front::NginxFcgiwrap => Box::new(UnixStream::connect(&site.address).unwrap()),
+        _ => Box::new(TcpStream::connect(&site.address).unwrap()),
     })
 }
 

@@ -5,8 +5,9 @@
 //! does hits all alike. The bench judges nothing but that replies are right and that nobody misses a message.
 
 mod clients;
-#[path = "../tests/common/mod.rs"]
-mod common;
+#[path = "../tests/fixtures/mod.rs"]
+#[allow(dead_code, unused_macros, reason = "each bench uses its part")]
+mod fixtures;
 mod measure;
 
 use std::cell::RefCell;
@@ -19,8 +20,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clients::{Client, Epoll, Place, cpu, get, own_cpu, post};
-use common::persistent::{self, Bus, Worker};
-use common::{Daemon, Folder, Memcached, executable, wait_for};
+use fixtures::persistent::{self, Bus, Worker};
+use fixtures::{Daemon, Folder, Memcached, executable, wait_for};
 use measure::{Random, Table, baseline, interleave, machine, median, quantile, spread};
 
 /// Times that each kind of request has nginx for itself, for how long, and over how many connections.

@@ -1,7 +1,5 @@
 //! The promise on the real thing: an acknowledged message reaches every poller exactly once, and all in one order.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -14,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Front, Memcached, Site, unix_millis};
+use crate::fixtures::{Front, Memcached, Site, unix_millis};
 
 const PUBLISHERS: usize = 16;
 const POLLERS: usize = 8;

@@ -1,22 +1,20 @@
 //! The persistent mode: FastCGI's own ways, requests that wait, and what must not harm others. The scenarios of every
 //! front run on it too (`tests/scenarios.rs`, `tests/failures.rs`).
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::persistent::{BEGIN, Bus, Client, Worker, copy, parameters, record, request};
-use common::{Folder, Front, Memcached, Site, executable, wait_for};
+use crate::fixtures::persistent::{BEGIN, Bus, Client, Worker, copy, parameters, record, request};
+use crate::fixtures::{Folder, Front, Memcached, Reply, Site, executable, wait_for};
 
 /// More than any wake-up takes, less than any wait.
 const SOON: Duration = Duration::from_millis(900);
 
 #[track_caller]
-fn data(reply: &common::Reply) -> Vec<serde_json::Value> {
+fn data(reply: &Reply) -> Vec<serde_json::Value> {
     let json = reply.json();
     json.as_array().unwrap_or_else(|| panic!("{reply:?}")).iter().map(|message| message["data"].clone()).collect()
 }

@@ -1,15 +1,12 @@
 //! What a bus does, the same on every front: the bare executable, Apache with mod_cgid, Apache with mod_cgi, nginx
 //! with fcgiwrap; each with a memcached of its own.
 
-#[macro_use]
-mod common;
-
 use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Front, LEASE_OVER, Memcached, RECORD, Reply, Site, encode};
+use crate::fixtures::{Front, LEASE_OVER, Memcached, RECORD, Reply, Site, encode, wait_for};
 use serde_json::{Value, json};
 
 on_every_front! {
@@ -479,7 +476,7 @@ fn a_setting_that_cannot_be_used_is_named(front: Front) {
             assert!(message.contains(name) && message.contains("has to be "), "{message}");
             // The value is for the operator alone.
             assert!(value.len() < 3 || !message.contains(&format!("'{value}'")), "{message}");
-            common::wait_for("the value in the log", || site.log().contains(&format!("(it is '{value}')")));
+            wait_for("the value in the log", || site.log().contains(&format!("(it is '{value}')")));
         }
     }
     site.copy("chat");

@@ -1,8 +1,5 @@
 //! Signed buses: a message there is by the user it names, on all four fronts; and what a signature is, to the byte.
 
-#[macro_use]
-mod common;
-
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::unix::ffi::OsStringExt;
@@ -10,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Front, Reply, Signer, Site, base64url_hmac, decode, unix_millis};
+use crate::fixtures::{Front, Reply, Signer, Site, base64url_hmac, decode, unix_millis, wait_for};
 use serde_json::json;
 use shortbus::http::error::Signature;
 use shortbus::http::signature::{Signed, secret};
@@ -337,11 +334,11 @@ fn a_key_has_32_bytes_at_least_and_any_of_them(front: Front) {
             );
         }
         let length = format!("(it is '{} bytes long')", key.len());
-        common::wait_for("its length in the log", || site.log().contains(&length));
+        wait_for("its length in the log", || site.log().contains(&length));
     }
     // An open bus has no use for it.
     site.publish("open", 1, "1");
-    common::wait_for("the last error in the log", || site.log().matches("bad_setting").count() == 9);
+    wait_for("the last error in the log", || site.log().matches("bad_setting").count() == 9);
     assert!(!site.log().contains("ZQXJ"));
 }
 

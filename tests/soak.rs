@@ -1,9 +1,7 @@
 //! Long ordinary use: many readers that never reconnect and some who publish, through two FastCGI processes on one bus
 //! and now and then CGI. What leaks, or is lost once in a hundred thousand messages, shows in no shorter test.
 //!
-//! `SHORTBUS_SOAK=<seconds> cargo test --test soak -- --ignored --nocapture`; an hour where that is not set.
-
-mod common;
+//! `SHORTBUS_SOAK=<seconds> cargo test soak -- --ignored --nocapture`; an hour where that is not set.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,8 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::persistent::{Bus, Client, request};
-use common::wait_for;
+use crate::fixtures::persistent::{Bus, Client, request};
+use crate::fixtures::wait_for;
 
 /// In each process.
 const STREAMS: usize = 100;

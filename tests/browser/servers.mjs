@@ -1,4 +1,4 @@
-// Real servers for the tests, as in tests/common/mod.rs: a memcached and an Apache of one's own in a temporary folder,
+// Real servers for the tests, as in tests/fixtures/mod.rs: a memcached and an Apache of one's own in a temporary folder,
 // or an nginx with shortbus as a FastCGI server, killed and removed at the end, however the tests end; and a proxy that
 // does to requests what a test wants.
 
