@@ -18,7 +18,11 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64ct::{Base64UrlUnpadded, Encoding};
-use fixtures::{Folder, Front, Memcached, Site, Stream, executable};
+use fixtures::daemon::{Folder, executable};
+use fixtures::fronts::Front;
+use fixtures::http_client::Stream;
+use fixtures::memcached::Memcached;
+use fixtures::site::Site;
 use hmac::{Hmac, KeyInit, Mac};
 use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;

@@ -2,7 +2,9 @@
 
 use std::process::{Command, Output};
 
-use crate::fixtures::{Front, Site, executable};
+use crate::fixtures::daemon::executable;
+use crate::fixtures::fronts::Front;
+use crate::fixtures::site::Site;
 
 fn run(site: &Site, arguments: &[&str], settings: &[(&str, &str)]) -> Output {
     let mut command = Command::new(site.cgi_bin("chat"));

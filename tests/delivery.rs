@@ -12,7 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fixtures::{Front, Memcached, Site, unix_millis};
+use crate::fixtures::fronts::Front;
+use crate::fixtures::memcached::Memcached;
+use crate::fixtures::signer::unix_millis;
+use crate::fixtures::site::Site;
 
 const PUBLISHERS: usize = 16;
 const POLLERS: usize = 8;

@@ -6,7 +6,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fixtures::{Folder, Front, LEASE_OVER, Memcached, Site, unix_millis, wait_for};
+use crate::fixtures::daemon::{Folder, wait_for};
+use crate::fixtures::fronts::Front;
+use crate::fixtures::memcached::{LEASE_OVER, Memcached};
+use crate::fixtures::signer::unix_millis;
+use crate::fixtures::site::Site;
 
 on_main_fronts! {
     a_memcached_that_is_away_is_a_503_that_says_so

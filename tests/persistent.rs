@@ -7,8 +7,13 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fixtures::persistent::{BEGIN, Bus, Client, Worker, copy, parameters, record, request};
-use crate::fixtures::{Folder, Front, Memcached, Reply, Site, executable, wait_for};
+use crate::fixtures::daemon::{Folder, executable, wait_for};
+use crate::fixtures::fastcgi_client::{BEGIN, Client, parameters, record, request};
+use crate::fixtures::fastcgi_server::{Bus, Worker, copy};
+use crate::fixtures::fronts::Front;
+use crate::fixtures::http_client::Reply;
+use crate::fixtures::memcached::Memcached;
+use crate::fixtures::site::Site;
 
 /// More than any wake-up takes, less than any wait.
 const SOON: Duration = Duration::from_millis(900);

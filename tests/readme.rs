@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::fixtures::{Front, Site, executable};
+use crate::fixtures::daemon::executable;
+use crate::fixtures::fronts::Front;
+use crate::fixtures::site::Site;
 
 fn file(name: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()

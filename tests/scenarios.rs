@@ -6,8 +6,13 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fixtures::{Front, LEASE_OVER, Memcached, RECORD, Reply, Site, encode, wait_for};
 use serde_json::{Value, json};
+
+use crate::fixtures::daemon::wait_for;
+use crate::fixtures::fronts::Front;
+use crate::fixtures::http_client::{Reply, encode};
+use crate::fixtures::memcached::{LEASE_OVER, Memcached, RECORD};
+use crate::fixtures::site::Site;
 
 on_every_front! {
     three_users_who_each_send_two_messages_hear_the_other_two

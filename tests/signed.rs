@@ -7,10 +7,15 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fixtures::{Front, Reply, Signer, Site, base64url_hmac, decode, unix_millis, wait_for};
 use serde_json::json;
 use shortbus::http::error::Signature;
 use shortbus::http::signature::{Signed, secret};
+
+use crate::fixtures::daemon::wait_for;
+use crate::fixtures::fronts::Front;
+use crate::fixtures::http_client::{Reply, decode};
+use crate::fixtures::signer::{Signer, base64url_hmac, unix_millis};
+use crate::fixtures::site::Site;
 
 on_main_fronts! {
     a_join_gives_a_secret_by_which_its_user_publishes_to_all

@@ -14,8 +14,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fixtures::persistent::{Bus, Client, request};
-use crate::fixtures::wait_for;
+use crate::fixtures::daemon::wait_for;
+use crate::fixtures::fastcgi_client::{Client, request};
+use crate::fixtures::fastcgi_server::Bus;
 
 /// In each process.
 const STREAMS: usize = 100;
