@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fixtures::daemon::wait_for;
-use crate::fixtures::fastcgi_client::{Client, request};
+use crate::fixtures::fastcgi_client::{Client, STDOUT, request, take_record};
 use crate::fixtures::fastcgi_server::Bus;
 
 /// In each process.
@@ -100,16 +100,10 @@ impl Stream {
             Err(error) if [ErrorKind::WouldBlock, ErrorKind::Interrupted].contains(&error.kind()) => return,
             Err(error) => panic!("a stream at {}: {error}", self.id),
         }
-        while let [1, kind, _, _, high, low, padding, _, ..] = self.records[..] {
-            let length = usize::from(u16::from_be_bytes([high, low]));
-            let end = 8 + length + usize::from(padding);
-            if self.records.len() < end {
-                break;
-            }
-            let content = str::from_utf8(&self.records[8..8 + length]).unwrap();
-            assert_eq!(kind, 6, "the server ended a stream at {}: {content:?}", self.id);
+        while let Some((kind, _, content)) = take_record(&mut self.records) {
+            let content = str::from_utf8(&content).unwrap();
+            assert_eq!(kind, STDOUT, "the server ended a stream at {}: {content:?}", self.id);
             self.text.push_str(content);
-            self.records.drain(..end);
         }
         if !self.begun
             && let Some(end) = self.text.find("\r\n\r\n")
