@@ -9,6 +9,7 @@ mod cli;
 mod delivery;
 mod demo;
 mod failures;
+mod layout;
 mod persistent;
 mod readme;
 mod scenarios;
