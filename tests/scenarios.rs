@@ -269,7 +269,7 @@ fn replies_carry_the_contracts_headers(front: Front) {
     let join = site.get("chat");
     let json = join.json();
     let names = json.as_object().unwrap().keys().collect::<Vec<_>>();
-    match front.holds() {
+    match front.can_wait() {
         true => assert_eq!(names, ["id", "stream", "user", "wait"]),
         false => assert_eq!(names, ["id", "user"]),
     }

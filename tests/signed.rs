@@ -435,7 +435,7 @@ fn an_open_bus_is_as_it_was(front: Front) {
     for bus in ["chat", "keyed"] {
         let reply = site.get(bus);
         let (json, start) = (reply.json(), site.join(bus).1);
-        let offer = if front.holds() { ",\"wait\":60,\"stream\":true" } else { "" };
+        let offer = if front.can_wait() { ",\"wait\":60,\"stream\":true" } else { "" };
         assert_eq!(reply.text(), format!("{{\"user\":{},\"id\":{start}{offer}}}", json["user"]));
         for (n, query) in ["", "&time=1", "&sig=x", "&once=k&time=1&time=2&sig=&sig="].into_iter().enumerate() {
             let reply = site.post(&format!("{bus}?user=1{query}"), "1");
