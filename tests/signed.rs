@@ -1,4 +1,4 @@
-//! Signed buses: a message there is by the user it names, on all four fronts; and what a signature is, to the byte.
+//! Signed buses: a message there is by the user it names, on the main fronts; and what a signature is, to the byte.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -97,12 +97,11 @@ fn many_first_joins_at_the_same_moment_get_secrets_of_one_key(front: Front) {
     }
 }
 
-fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
-    let site =
-        Site::with(front, &[("chat", &[SIGNED]), ("fresh", &[SIGNED]), ("brief", &[SIGNED, ("SHORTBUS_TTL", "5")])]);
-    let (user, brief, now) = (site.join_signed("chat"), site.join_signed("brief"), unix_millis());
-    let (u, sig) = (user.user, user.sig(now, "k", "1"));
-    let mut rows: Vec<(String, &str, &str)> = vec![
+/// A query of a publish, how its signature fails, and a part of what the client is told.
+type Failure = (String, &'static str, &'static str);
+
+fn missing_or_malformed(u: u64, now: u64, sig: &str) -> Vec<Failure> {
+    let mut rows: Vec<Failure> = vec![
         (format!("user={u}"), "missing", "'once'"),
         (format!("user={u}&time={now}&sig={sig}"), "missing", "'once'"),
         (format!("user={u}&once=k"), "missing", "'time'"),
@@ -139,9 +138,15 @@ fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
     ] {
         rows.push((format!("user={u}&once=k&time={now}&sig={sig}"), "malformed", "'sig'"));
     }
+    rows
+}
+
+/// What is signed by another key, or too long ago or ahead.
+fn wrong_or_untimely(user: &Signer, now: u64) -> Vec<Failure> {
+    let u = user.user;
     let another = signer(b"another key of thirty-two bytes!", u, &user.bus);
     let of = |time| user.query(time, "k", "1");
-    rows.extend([
+    vec![
         (format!("user={u}&once=k&time={now}&sig={}", "A".repeat(43)), "wrong", "join again"),
         (another.query(now, "k", "1"), "wrong", "join again"),
         // Who has no secret learns nothing of the clock.
@@ -153,7 +158,13 @@ fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
         (of(now / 1_000), "too_old", "clock"),
         (of(now + 90_000), "clock_ahead", "clock"),
         (of(u64::MAX), "clock_ahead", "clock"),
-    ]);
+    ]
+}
+
+fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
+    let site =
+        Site::with(front, &[("chat", &[SIGNED]), ("fresh", &[SIGNED]), ("brief", &[SIGNED, ("SHORTBUS_TTL", "5")])]);
+    let (user, brief, now) = (site.join_signed("chat"), site.join_signed("brief"), unix_millis());
     let before = site.writes();
     let refused = |bus: &str, query: &str, code: &str, part: &str| {
         let reply = site.post(&format!("{bus}?{query}"), "1");
@@ -161,14 +172,15 @@ fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
         assert!(reply.json()["message"].as_str().is_some_and(|text| text.contains(part)), "{query}: {reply:?}");
         assert_eq!((reply.header("retry-after"), reply.header("cache-control")), (None, Some("no-store")));
     };
-    for (query, code, part) in &rows {
-        refused("chat", query, code, part);
+    let rows = missing_or_malformed(user.user, now, &user.sig(now, "k", "1"));
+    for (query, code, part) in rows.into_iter().chain(wrong_or_untimely(&user, now)) {
+        refused("chat", &query, code, part);
     }
     for (time, code) in [(now - 6_000, "too_old"), (now + 30_000, "clock_ahead")] {
         refused("brief", &brief.query(time, "k", "1"), code, "");
     }
     // Nobody has joined: there is no key, and a publish makes none.
-    refused("fresh", &of(now), "wrong", "");
+    refused("fresh", &user.query(now, "k", "1"), "wrong", "");
     // What is wrong on any bus is wrong here too, before the signature.
     for (query, body, code) in
         [("once=k", "1", "parameter"), ("user=1&once=", "1", "parameter"), ("user=1", "x", "json")]
