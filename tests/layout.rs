@@ -2,6 +2,8 @@
 //! folder right below `src/`; an import is a path into this crate, in a `use` or anywhere else in the code.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
 
 /// Names of modules: from one, to another. `main` is the executable's; the library's root has the empty name.
 type Import = (String, String);
@@ -276,6 +278,25 @@ fn imports(modules: &BTreeSet<String>, from: &str, source: &str) -> BTreeSet<Imp
         .collect()
 }
 
+/// The modules below a folder, each with its source.
+fn read(folder: &Path, parent: &str, modules: &mut BTreeMap<String, String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let stem = path.file_stem().unwrap().to_str().unwrap();
+        let name = if parent.is_empty() { stem.to_owned() } else { format!("{parent}::{stem}") };
+        if path.is_dir() {
+            read(&path, &name, modules);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = match stem {
+                "mod" => parent.to_owned(),
+                "lib" if parent.is_empty() => String::new(),
+                _ => name,
+            };
+            modules.insert(name, fs::read_to_string(&path).unwrap());
+        }
+    }
+}
+
 /// The rooms, and who imports whom.
 struct House {
     rooms: BTreeSet<String>,
@@ -419,4 +440,17 @@ fn rooms_arrows_floors_and_circles_are_counted() {
     let house = House::new(&modules, &round);
     assert_eq!(house.to_string(), "5 rooms, 5 arrows, 4 floors, 1 circles");
     assert_eq!(house.circles(), BTreeSet::from([BTreeSet::from(["a", "b"])]));
+}
+
+#[test]
+fn the_house_keeps_its_rules() {
+    let mut sources = BTreeMap::new();
+    read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), "", &mut sources);
+    let modules: BTreeSet<String> = sources.keys().cloned().collect();
+    let imports = sources.iter().flat_map(|(module, source)| imports(&modules, module, source)).collect();
+    let house = House::new(&modules, &imports);
+    println!("{house}");
+    let circles = house.circles().into_iter().map(|circle| format!("no circle: {circle:?}"));
+    let wrong: Vec<String> = violations(&modules, &imports).into_iter().chain(circles).collect();
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
