@@ -25,8 +25,8 @@ test: build
 
 bench: NEEDS = memcached apache2 nginx fcgiwrap valgrind strace
 bench: build
-	@# The examples are what it compares with.
-	$(CARGO) build --release --locked --target $(HOST) --examples
+	@# What it compares with.
+	$(CARGO) build --release --locked --target $(HOST) --package baseline
 	$(CARGO) bench --locked --target $(HOST)
 
 # Not built here: root often has no Rust.

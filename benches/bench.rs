@@ -3,8 +3,9 @@
 //! What is compared is measured in turns, in an order drawn anew for every round, so that whatever else the machine
 //! does hits all alike. The bench judges nothing but that the replies are right.
 
-#[path = "../tests/common/mod.rs"]
-mod common;
+#[path = "../tests/fixtures/mod.rs"]
+#[allow(dead_code, unused_macros, reason = "each bench uses its part")]
+mod fixtures;
 mod measure;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -17,14 +18,18 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64ct::{Base64UrlUnpadded, Encoding};
-use common::{Folder, Front, Memcached, Site, Stream, executable};
+use fixtures::daemon::{Folder, executable};
+use fixtures::fronts::Front;
+use fixtures::http_client::Stream;
+use fixtures::memcached::Memcached;
+use fixtures::site::Site;
 use hmac::{Hmac, KeyInit, Mac};
 use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;
 use shortbus::bus;
 use shortbus::bus::store::Store;
-use shortbus::cgi::block_on;
 use shortbus::http::signature;
+use shortbus::stores::block_on;
 use shortbus::stores::memcached::blocking;
 
 /// Processes started of each kind, one after the other.
@@ -400,12 +405,8 @@ type Connection = BufReader<Box<dyn Stream>>;
 
 fn connect(site: &Site) -> Connection {
     BufReader::new(match site.front {
-        Front::NginxFcgiwrap => Box::new(UnixStream::connect(site.folder().join("nginx.sock")).unwrap()),
-        _ => {
-            let config = site.folder().text("apache.conf");
-            let address = config.lines().find_map(|line| line.strip_prefix("Listen ")).unwrap();
-            Box::new(TcpStream::connect(address).unwrap())
-        }
+        Front::NginxFcgiwrap => Box::new(UnixStream::connect(&site.address).unwrap()),
+        _ => Box::new(TcpStream::connect(&site.address).unwrap()),
     })
 }
 

@@ -5,8 +5,9 @@
 //! does hits all alike. The bench judges nothing but that replies are right and that nobody misses a message.
 
 mod clients;
-#[path = "../tests/common/mod.rs"]
-mod common;
+#[path = "../tests/fixtures/mod.rs"]
+#[allow(dead_code, unused_macros, reason = "each bench uses its part")]
+mod fixtures;
 mod measure;
 
 use std::cell::RefCell;
@@ -19,8 +20,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clients::{Client, Epoll, Place, cpu, get, own_cpu, post};
-use common::persistent::{self, Bus, Worker};
-use common::{Daemon, Folder, Memcached, executable, wait_for};
+use fixtures::daemon::{Daemon, Folder, executable, wait_for};
+use fixtures::fastcgi_client;
+use fixtures::fastcgi_server::{self, Bus, Worker};
+use fixtures::memcached::Memcached;
 use measure::{Random, Table, baseline, interleave, machine, median, quantile, spread};
 
 /// Times that each kind of request has nginx for itself, for how long, and over how many connections.
@@ -109,7 +112,7 @@ struct Site {
 impl Site {
     fn start() -> Site {
         let (folder, memcached) = (Folder::new(), Memcached::start_tcp());
-        let program = persistent::copy(&folder);
+        let program = fastcgi_server::copy(&folder);
         let variables = [("SHORTBUS_MEMCACHED", &memcached.address[..])];
         let worker = |name| Worker::start(&program, folder.join(name), &folder, &variables).daemon;
         let mut nothing = Command::new(baseline("responder"));
@@ -534,7 +537,7 @@ fn streams(table: &mut Table, files: u64) {
     let another = bus.another();
     let place = Place::FastCgi(bus.worker.socket.clone());
     let id = bus.join();
-    let request = persistent::request("GET", &format!("user=2&id={id}&stream=1"), &[], b"");
+    let request = fastcgi_client::request("GET", &format!("user=2&id={id}&stream=1"), &[], b"");
     drop(Streams::open(&place, &vec![request.clone(); 10]));
     thread::sleep(Duration::from_millis(200));
     let pid = bus.worker.daemon.pid();
@@ -565,7 +568,7 @@ fn streams(table: &mut Table, files: u64) {
     table.row("– idle for 15 s", format!("{share:.2} % of a core"), "goal 2 %");
 
     for (what, socket) in [("same process", &bus.worker.socket), ("another process", &another.socket)] {
-        let mut publisher = persistent::Client::connect(socket);
+        let mut publisher = fastcgi_client::Client::connect(socket);
         let (mut times, mut used) = (Vec::new(), Vec::new());
         for _ in 0..STREAM_MESSAGES {
             thread::sleep(Duration::from_millis(300));

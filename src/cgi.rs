@@ -1,12 +1,9 @@
 //! CGI (RFC 3875): the process's environment, stdin and stdout, once.
 
 use std::fs::File;
-use std::future::Future;
 use std::io::{self, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::FromRawFd;
-use std::pin::pin;
-use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::bus;
@@ -15,6 +12,7 @@ use crate::config::Config;
 use crate::http::waiting::{self, Front, Next};
 use crate::http::{self, request};
 use crate::limits;
+use crate::stores::block_on;
 use crate::stores::memcached::blocking::Memcached;
 use crate::variables::environment;
 
@@ -80,14 +78,6 @@ impl Front for Process {
 
     async fn finish(&mut self, text: &[u8]) -> io::Result<()> {
         fd(1).write_all(text)
-    }
-}
-
-/// Runs a future that never waits: every operation of a blocking store is ready at once.
-pub fn block_on<T>(future: impl Future<Output = T>) -> T {
-    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(value) => value,
-        Poll::Pending => unreachable!("a blocking store is always ready"),
     }
 }
 

@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use crate::bus;
-use crate::cgi::block_on;
 use crate::config::{Auth, Config};
 use crate::http::error::Error;
 use crate::http::message;
+use crate::stores::block_on;
 use crate::stores::memcached::blocking::Memcached;
 use crate::variables::environment;
 

@@ -1,10 +1,10 @@
 //! Run by hand, the executable explains itself.
 
-mod common;
-
 use std::process::{Command, Output};
 
-use common::{Front, Site, executable};
+use crate::fixtures::daemon::executable;
+use crate::fixtures::fronts::Front;
+use crate::fixtures::site::Site;
 
 fn run(site: &Site, arguments: &[&str], settings: &[(&str, &str)]) -> Output {
     let mut command = Command::new(site.cgi_bin("chat"));

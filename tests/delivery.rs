@@ -1,7 +1,5 @@
 //! The promise on the real thing: an acknowledged message reaches every poller exactly once, and all in one order.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -14,7 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Front, Memcached, Site, unix_millis};
+use crate::fixtures::fronts::Front;
+use crate::fixtures::memcached::Memcached;
+use crate::fixtures::signer::unix_millis;
+use crate::fixtures::site::Site;
 
 const PUBLISHERS: usize = 16;
 const POLLERS: usize = 8;
@@ -63,6 +64,52 @@ fn kill_some(site: &Site) -> usize {
     publishing(site).iter().step_by(3).take(2).filter(kill).count()
 }
 
+/// Publishes so many messages, and notes the id of each that is acknowledged.
+fn publish_some(site: &Site, publisher: usize, acknowledged: &Mutex<BTreeMap<u64, String>>) {
+    for n in 0..MESSAGES {
+        let text = format!("{publisher}-{n}");
+        let reply = site.post(&format!("chat?user={publisher}"), format!("\"{text}\""));
+        if reply.status == 200 {
+            let id = reply.json()["id"].as_u64().unwrap();
+            assert_eq!(acknowledged.lock().unwrap().insert(id, text), None, "an id twice");
+        }
+    }
+}
+
+/// Polls until all publishers are done, and once more.
+fn hear_all(site: &Site, knows_header: bool, start: u64, working: &AtomicUsize) -> Heard {
+    let (mut cursor, mut heard) = (start, Vec::new());
+    loop {
+        let last_round = working.load(Ordering::SeqCst) == 0;
+        if poll(site, knows_header, &mut cursor, &mut heard) == 0 && last_round {
+            return heard;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Kills publishers wherever they are: how many it were. memcached pauses now and then, so that some are caught between
+/// a write and its reply.
+fn kill_here_and_there(site: &Site, over: &AtomicBool) -> usize {
+    let mut killed = 0;
+    for round in 0.. {
+        if over.load(Ordering::SeqCst) {
+            break;
+        }
+        let pause = round % 2 == 0;
+        if pause {
+            site.memcached.signal("STOP");
+            thread::sleep(Duration::from_millis(round % 7 * 3));
+        }
+        killed += kill_some(site);
+        if pause {
+            site.memcached.signal("CONT");
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    killed
+}
+
 #[test]
 fn every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
     let site = Site::start(Front::ApacheCgid);
@@ -70,79 +117,41 @@ fn every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
     site.foresee_kills();
     let (_, start) = site.join("chat");
     let acknowledged = Mutex::new(BTreeMap::new());
-    let (working, killed) = (AtomicUsize::new(PUBLISHERS), AtomicUsize::new(0));
-    let over = AtomicBool::new(false);
-    let mut all_heard: Vec<Heard> = Vec::new();
-    thread::scope(|scope| {
+    let (working, over) = (AtomicUsize::new(PUBLISHERS), AtomicBool::new(false));
+    let (all_heard, killed) = thread::scope(|scope| {
+        let (site, acknowledged, working, over) = (&site, &acknowledged, &working, &over);
         for publisher in 0..PUBLISHERS {
-            let (site, acknowledged, working) = (&site, &acknowledged, &working);
             scope.spawn(move || {
-                for n in 0..MESSAGES {
-                    let text = format!("{publisher}-{n}");
-                    let reply = site.post(&format!("chat?user={publisher}"), format!("\"{text}\""));
-                    if reply.status == 200 {
-                        let id = reply.json()["id"].as_u64().unwrap();
-                        assert_eq!(acknowledged.lock().unwrap().insert(id, text), None, "an id twice");
-                    }
-                }
+                publish_some(site, publisher, acknowledged);
                 working.fetch_sub(1, Ordering::SeqCst);
             });
         }
-        // Kills publishers wherever they are; memcached pauses now and then, so that some are caught between a
-        // write and its reply.
-        let killer = scope.spawn(|| {
-            for round in 0.. {
-                if over.load(Ordering::SeqCst) {
-                    break;
-                }
-                let pause = round % 2 == 0;
-                if pause {
-                    site.memcached.signal("STOP");
-                    thread::sleep(Duration::from_millis(round % 7 * 3));
-                }
-                killed.fetch_add(kill_some(&site), Ordering::SeqCst);
-                if pause {
-                    site.memcached.signal("CONT");
-                }
-                thread::sleep(Duration::from_millis(20));
-            }
-        });
-        let pollers: Vec<_> = (0..POLLERS)
-            .map(|n| {
-                let (site, working) = (&site, &working);
-                scope.spawn(move || {
-                    let (mut cursor, mut heard) = (start, Vec::new());
-                    loop {
-                        let last_round = working.load(Ordering::SeqCst) == 0;
-                        if poll(site, n % 2 == 0, &mut cursor, &mut heard) == 0 && last_round {
-                            return heard;
-                        }
-                        thread::sleep(Duration::from_millis(5));
-                    }
-                })
-            })
-            .collect();
-        all_heard = pollers.into_iter().map(|poller| poller.join().unwrap()).collect();
+        let killer = scope.spawn(|| kill_here_and_there(site, over));
+        let hear = |n| scope.spawn(move || hear_all(site, n % 2 == 0, start, working));
+        let pollers: Vec<_> = (0..POLLERS).map(hear).collect();
+        let all_heard: Vec<Heard> = pollers.into_iter().map(|poller| poller.join().unwrap()).collect();
         over.store(true, Ordering::SeqCst);
-        killer.join().unwrap();
+        (all_heard, killer.join().unwrap())
     });
-    let acknowledged = acknowledged.into_inner().unwrap();
-    let total = PUBLISHERS * MESSAGES;
-    let killed = killed.into_inner();
-    println!(
-        "{} of {total} acknowledged, {} heard, {killed} publishers killed",
-        acknowledged.len(),
-        all_heard[0].len()
-    );
-    assert!(killed > 0 && acknowledged.len() < total, "none was killed");
-    assert!(acknowledged.len() > total / 2, "too many were killed to prove anything");
+    assert_enough_were_killed(&acknowledged.lock().unwrap(), &all_heard, killed);
+    assert_all_were_heard(&acknowledged.into_inner().unwrap(), &all_heard);
+}
+
+fn assert_enough_were_killed(acknowledged: &BTreeMap<u64, String>, all_heard: &[Heard], killed: usize) {
+    let (total, answered, heard) = (PUBLISHERS * MESSAGES, acknowledged.len(), all_heard[0].len());
+    println!("{answered} of {total} acknowledged, {heard} heard, {killed} publishers killed");
+    assert!(killed > 0 && answered < total, "none was killed");
+    assert!(answered > total / 2, "too many were killed to prove anything");
+}
+
+fn assert_all_were_heard(acknowledged: &BTreeMap<u64, String>, all_heard: &[Heard]) {
     let first = &all_heard[0];
     assert!(first.windows(2).all(|pair| pair[0].0 < pair[1].0), "ids rise");
     assert!(all_heard.iter().all(|heard| heard == first), "all hear the same, in the same order");
     let texts: std::collections::HashSet<&String> = first.iter().map(|(_, text)| text).collect();
     assert_eq!(texts.len(), first.len(), "none is heard twice");
     let by_id: BTreeMap<u64, String> = first.iter().cloned().collect();
-    for (id, text) in &acknowledged {
+    for (id, text) in acknowledged {
         assert_eq!(by_id.get(id), Some(text), "acknowledged as {id}");
     }
 }
@@ -157,81 +166,158 @@ fn every_send_made_twice_and_again_until_answered_is_one_message_on_a_signed_bus
     every_send_is_one_message(true);
 }
 
+/// Makes one request again and again until it is answered: the id, and how often it was made again.
+fn send_until_answered(site: &Site, target: &str, body: &str, started: Instant) -> (u64, usize) {
+    for again in 0.. {
+        let reply = site.post(target, body);
+        match reply.outcome() {
+            (200, _) => return (reply.json()["id"].as_u64().unwrap(), again),
+            // The web server's own answer: the process was killed.
+            (500, code) if code.is_empty() => {}
+            // The first request is at work, or was killed.
+            (409, code) if code == "once_undecided" => thread::sleep(Duration::from_millis(200)),
+            // Its outcome is unknown, for one.
+            (503, _) => {}
+            _ => panic!("{reply:?}"),
+        }
+        assert!(started.elapsed() < Duration::from_secs(60), "{reply:?}");
+    }
+    unreachable!()
+}
+
+/// What those who send everything twice share.
+struct Senders<'a> {
+    site: &'a Site,
+    signed: bool,
+    started: Instant,
+    /// Each message, by the id under which it was answered.
+    told: Mutex<BTreeMap<u64, String>>,
+    again: AtomicUsize,
+    working: AtomicUsize,
+}
+
+impl Senders<'_> {
+    fn send(&self, target: &str, body: &str) -> u64 {
+        let (id, again) = send_until_answered(self.site, target, body, self.started);
+        self.again.fetch_add(again, Ordering::SeqCst);
+        id
+    }
+
+    /// Sends at the same moment, or one right after the other.
+    fn send_twice(&self, target: &str, body: &str, together: bool) -> [u64; 2] {
+        if !together {
+            return [self.send(target, body), self.send(target, body)];
+        }
+        thread::scope(|scope| {
+            let twin = scope.spawn(|| self.send(target, body));
+            [self.send(target, body), twin.join().unwrap()]
+        })
+    }
+
+    fn send_some(&self, publisher: usize) {
+        let signer = self.signed.then(|| self.site.join_signed("chat"));
+        for n in 0..SENDS {
+            let (text, once) = (format!("{publisher}-{n}"), format!("k{n}"));
+            let body = format!("\"{text}\"");
+            let target = match &signer {
+                Some(signer) => format!("chat?{}", signer.query(unix_millis(), &once, &body)),
+                None => format!("chat?user={publisher}&once={once}"),
+            };
+            let ids = self.send_twice(&target, &body, n % 2 == 0);
+            assert_eq!(ids[0], ids[1], "{text}");
+            assert_eq!(self.told.lock().unwrap().insert(ids[0], text), None, "an id twice");
+        }
+        self.working.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Kills some, only for a while, so that all come to an end: each one killed may cost a publisher the lease. While
+    /// memcached stops, all are between a write and its reply.
+    fn kill_for_a_while(&self) -> usize {
+        let mut killed = 0;
+        for round in 0.. {
+            if self.working.load(Ordering::SeqCst) == 0 || self.started.elapsed() > KILLING {
+                break;
+            }
+            self.site.memcached.signal("STOP");
+            thread::sleep(Duration::from_millis(5 + round % 4 * 5));
+            killed += kill_some(self.site);
+            self.site.memcached.signal("CONT");
+            thread::sleep(Duration::from_millis(40));
+        }
+        killed
+    }
+}
+
 fn every_send_is_one_message(signed: bool) {
     let settings: &[(&str, &str)] = if signed { &[("SHORTBUS_AUTH", "signed")] } else { &[] };
     let site = Site::with(Front::ApacheCgid, &[("chat", settings)]);
     site.foresee_kills();
     let (_, start) = site.join("chat");
-    let (working, killed, again) = (AtomicUsize::new(PUBLISHERS), AtomicUsize::new(0), AtomicUsize::new(0));
-    let told = Mutex::new(BTreeMap::new());
-    let started = Instant::now();
-    // One request, made again until it is answered: the id.
-    let ask = |target: &str, body: &str| loop {
-        let reply = site.post(target, body);
-        match reply.outcome() {
-            (200, _) => return reply.json()["id"].as_u64().unwrap(),
-            // It was killed; or its first is at work, or was killed; or its end is unknown.
-            (500, code) if code.is_empty() => {}
-            (409, code) if code == "once_undecided" => thread::sleep(Duration::from_millis(200)),
-            (503, _) => {}
-            _ => panic!("{reply:?}"),
-        }
-        again.fetch_add(1, Ordering::SeqCst);
-        assert!(started.elapsed() < Duration::from_secs(60), "{reply:?}");
+    let senders = Senders {
+        site: &site,
+        signed,
+        started: Instant::now(),
+        told: Mutex::default(),
+        again: AtomicUsize::new(0),
+        working: AtomicUsize::new(PUBLISHERS),
     };
-    thread::scope(|scope| {
-        for publisher in 0..PUBLISHERS {
-            let (site, told, working, ask) = (&site, &told, &working, &ask);
-            scope.spawn(move || {
-                let signer = signed.then(|| site.join_signed("chat"));
-                for n in 0..SENDS {
-                    let (text, once) = (format!("{publisher}-{n}"), format!("k{n}"));
-                    let body = format!("\"{text}\"");
-                    let target = match &signer {
-                        Some(signer) => format!("chat?{}", signer.query(unix_millis(), &once, &body)),
-                        None => format!("chat?user={publisher}&once={once}"),
-                    };
-                    // At the same moment, and one right after the other.
-                    let ids = match n % 2 {
-                        0 => thread::scope(|both| {
-                            let twin = both.spawn(|| ask(&target, &body));
-                            [ask(&target, &body), twin.join().unwrap()]
-                        }),
-                        _ => [ask(&target, &body), ask(&target, &body)],
-                    };
-                    assert_eq!(ids[0], ids[1], "{text}");
-                    assert_eq!(told.lock().unwrap().insert(ids[0], text), None, "an id twice");
-                }
-                working.fetch_sub(1, Ordering::SeqCst);
-            });
-        }
-        // Only for a while, so that all come to an end: each one killed may cost a publisher the lease. While
-        // memcached stops, all are between a write and its reply.
-        scope.spawn(|| {
-            for round in 0.. {
-                if working.load(Ordering::SeqCst) == 0 || started.elapsed() > KILLING {
-                    break;
-                }
-                site.memcached.signal("STOP");
-                thread::sleep(Duration::from_millis(5 + round % 4 * 5));
-                killed.fetch_add(kill_some(&site), Ordering::SeqCst);
-                site.memcached.signal("CONT");
-                thread::sleep(Duration::from_millis(40));
-            }
-        });
+    let killed = thread::scope(|scope| {
+        let senders = &senders;
+        (0..PUBLISHERS).for_each(|publisher| drop(scope.spawn(move || senders.send_some(publisher))));
+        senders.kill_for_a_while()
     });
     let (mut cursor, mut heard) = (start, Vec::new());
     while poll(&site, true, &mut cursor, &mut heard) > 0 {}
-    let (told, killed) = (told.into_inner().unwrap(), killed.into_inner());
-    println!(
-        "{} heard, {killed} killed, {} requests made again, {:?}",
-        heard.len(),
-        again.into_inner(),
-        started.elapsed()
-    );
+    let (again, took) = (senders.again.into_inner(), senders.started.elapsed());
+    println!("{} heard, {killed} killed, {again} requests made again, {took:?}", heard.len());
+    let told = senders.told.into_inner().unwrap();
     assert_eq!(told.len(), PUBLISHERS * SENDS);
     assert_eq!(heard, told.into_iter().collect::<Heard>());
     assert!(killed >= 10, "too few were killed to prove anything");
+}
+
+/// The value of a counter and its token, as memcached answers one read.
+fn read_counter(reader: &mut BufReader<UnixStream>) -> (u64, u64) {
+    let mut line = || {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    };
+    let token = line().rsplit_once(" c").expect("VA <length> c<token>").1.parse().unwrap();
+    (line().parse().unwrap(), token)
+}
+
+fn increment_until(over: &AtomicBool, mut stream: UnixStream) {
+    let mut answer = [0; 4];
+    while !over.load(Ordering::Relaxed) {
+        stream.write_all(b"ma last\r\n").unwrap();
+        stream.read_exact(&mut answer).unwrap();
+    }
+}
+
+/// What many reads of a counter, in pairs, came to.
+#[derive(Default)]
+struct Reads {
+    /// Value less token, which stays: every increment adds one to both.
+    truth: Option<u64>,
+    agreed: usize,
+    torn: usize,
+}
+
+fn read_in_pairs(mut stream: UnixStream) -> Reads {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let apart = |(value, token): (u64, u64)| value.wrapping_sub(token);
+    let mut reads = Reads::default();
+    for _ in 0..100_000 {
+        stream.write_all(b"mg last v c\r\nmg last v c\r\n").unwrap();
+        let (one, two) = (read_counter(&mut reader), read_counter(&mut reader));
+        if one == two {
+            reads.agreed += 1;
+            assert_eq!(apart(one), *reads.truth.get_or_insert(apart(one)), "torn twice in the same way");
+        }
+        reads.torn += usize::from(reads.truth.is_some_and(|truth| apart(one) != truth));
+    }
+    reads
 }
 
 /// memcached's incr hands the new token to one who is just reading the old value. Two reads that agree are true.
@@ -239,53 +325,15 @@ fn every_send_is_one_message(signed: bool) {
 fn a_counter_that_reads_twice_the_same_is_not_torn() {
     let memcached = Memcached::start(&[]);
     memcached.ask("ms last 2\r\n10\r\n");
-    let read = |line: &mut String, reader: &mut BufReader<UnixStream>| -> (u64, u64) {
-        line.clear();
-        reader.read_line(line).unwrap();
-        let token = line.trim_end().rsplit_once(" c").expect("VA <length> c<token>").1.parse().unwrap();
-        line.clear();
-        reader.read_line(line).unwrap();
-        (line.trim_end().parse().unwrap(), token)
-    };
-    // Every increment adds one to the value and one to the token: what lies between them stays.
-    let apart = |(value, token): (u64, u64)| value.wrapping_sub(token);
     let connect = || UnixStream::connect(&memcached.address).unwrap();
     let over = AtomicBool::new(false);
-    let (torn, agreed) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                let mut stream = connect();
-                let mut answers = [0; 4];
-                while !over.load(Ordering::Relaxed) {
-                    stream.write_all(b"ma last\r\n").unwrap();
-                    stream.read_exact(&mut answers).unwrap();
-                }
-            });
-        }
-        let readers: Vec<_> = (0..2)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut stream = connect();
-                    let mut reader = BufReader::new(stream.try_clone().unwrap());
-                    let mut line = String::new();
-                    let mut truth = None;
-                    for _ in 0..100_000 {
-                        stream.write_all(b"mg last v c\r\nmg last v c\r\n").unwrap();
-                        let (one, two) = (read(&mut line, &mut reader), read(&mut line, &mut reader));
-                        if one == two {
-                            agreed.fetch_add(1, Ordering::Relaxed);
-                            assert_eq!(apart(one), *truth.get_or_insert(apart(one)), "torn twice in the same way");
-                        }
-                        torn.fetch_add(usize::from(truth.is_some_and(|truth| apart(one) != truth)), Ordering::Relaxed);
-                    }
-                    truth
-                })
-            })
-            .collect();
-        let truths: Vec<Option<u64>> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
+    let [one, two] = thread::scope(|scope| {
+        (0..2).for_each(|_| drop(scope.spawn(|| increment_until(&over, connect()))));
+        let readers = [(); 2].map(|()| scope.spawn(|| read_in_pairs(connect())));
+        let reads = readers.map(|reader| reader.join());
         over.store(true, Ordering::Relaxed);
-        assert!(truths[0].is_some() && truths[0] == truths[1], "{truths:?}");
+        reads.map(Result::unwrap)
     });
-    println!("{} of 200000 single reads torn, {} pairs agree", torn.into_inner(), agreed.into_inner());
+    assert!(one.truth.is_some() && one.truth == two.truth, "{:?} {:?}", one.truth, two.truth);
+    println!("{} of 200000 single reads torn, {} pairs agree", one.torn + two.torn, one.agreed + two.agreed);
 }

@@ -1,7 +1,5 @@
 //! `make demo`, as a newcomer meets it: what it prints is pasted, and works.
 
-mod common;
-
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpStream;

@@ -1,15 +1,16 @@
 //! memcached away, in every way: a 503 with its code, nothing acknowledged that was not stored, and a bus again as
 //! soon as memcached is back.
 
-#[macro_use]
-mod common;
-
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Folder, Front, LEASE_OVER, Memcached, Site, unix_millis};
+use crate::fixtures::daemon::{Folder, wait_for};
+use crate::fixtures::fronts::Front;
+use crate::fixtures::memcached::{LEASE_OVER, Memcached};
+use crate::fixtures::signer::unix_millis;
+use crate::fixtures::site::Site;
 
 on_main_fronts! {
     a_memcached_that_is_away_is_a_503_that_says_so
@@ -209,7 +210,7 @@ fn a_stopped_memcached_costs_at_most_two_seconds_and_is_a_bus_again_when_it_runs
     assert!(quickest < Some(Duration::from_secs(2)), "{quickest:?}");
     drop(waiting);
     site.memcached.signal("CONT");
-    common::wait_for("memcached", || site.memcached.ask("version\r\n").starts_with("VERSION"));
+    wait_for("memcached", || site.memcached.ask("version\r\n").starts_with("VERSION"));
     let reply = site.get(&format!("chat?id={}", id - 1));
     assert_eq!(reply.text(), format!("[{{\"id\":{id},\"user\":1,\"data\":\"before\"}}]"));
 }

@@ -1,22 +1,28 @@
 //! The persistent mode: FastCGI's own ways, requests that wait, and what must not harm others. The scenarios of every
 //! front run on it too (`tests/scenarios.rs`, `tests/failures.rs`).
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::persistent::{BEGIN, Bus, Client, Worker, copy, parameters, record, request};
-use common::{Folder, Front, Memcached, Site, executable, wait_for};
+use crate::fixtures::daemon::{Folder, executable, wait_for};
+use crate::fixtures::fastcgi_client::{
+    ABORT_REQUEST, AUTHORIZER, BEGIN_REQUEST, CANNOT_MULTIPLEX, Client, END_REQUEST, GET_VALUES, GET_VALUES_RESULT,
+    PARAMS, REQUEST_COMPLETE, RESPONDER, STDIN, STDOUT, UNKNOWN_ROLE, UNKNOWN_TYPE, parameters, record, request,
+};
+use crate::fixtures::fastcgi_server::{Bus, Worker, copy};
+use crate::fixtures::fronts::Front;
+use crate::fixtures::http_client::Reply;
+use crate::fixtures::memcached::Memcached;
+use crate::fixtures::site::Site;
 
 /// More than any wake-up takes, less than any wait.
 const SOON: Duration = Duration::from_millis(900);
 
 #[track_caller]
-fn data(reply: &common::Reply) -> Vec<serde_json::Value> {
+fn data(reply: &Reply) -> Vec<serde_json::Value> {
     let json = reply.json();
     json.as_array().unwrap_or_else(|| panic!("{reply:?}")).iter().map(|message| message["data"].clone()).collect()
 }
@@ -80,15 +86,15 @@ fn malformed_records_close_their_connection_and_no_other() {
     let id = bus.join();
     let (mut other, mut stream) = (bus.connect(), bus.connect());
     stream.ask("GET", &format!("id={id}&stream=1"), &[], b"").until("event: cursor");
-    let begin = record(1, 1, &BEGIN);
+    let begin = record(BEGIN_REQUEST, 1, &RESPONDER);
     let cases: [Vec<u8>; 7] = [
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
         vec![0; 8],
         [&begin[..], &begin].concat(),
-        [begin.clone(), record(5, 1, b"x")].concat(),
-        [begin.clone(), record(4, 1, b"\xff"), record(4, 1, b"")].concat(),
-        [begin.clone(), record(4, 1, &[0xff; 9]), record(4, 1, b"")].concat(),
-        record(9, 0, &[0; 600]),
+        [begin.clone(), record(STDIN, 1, b"x")].concat(),
+        [begin.clone(), record(PARAMS, 1, b"\xff"), record(PARAMS, 1, b"")].concat(),
+        [begin.clone(), record(PARAMS, 1, &[0xff; 9]), record(PARAMS, 1, b"")].concat(),
+        record(GET_VALUES, 0, &[0; 600]),
     ];
     for bytes in cases {
         let mut client = bus.connect();
@@ -130,18 +136,18 @@ fn what_goes_beyond_a_limit_gets_an_answer_and_the_connection_goes_on() {
 fn management_records_and_other_roles_are_answered() {
     let bus = Bus::start();
     let mut client = bus.connect();
-    client.send(record(9, 0, &parameters(&[("FCGI_MPXS_CONNS", ""), ("NOTHING", "")])));
-    assert_eq!(client.record().unwrap(), (10, 0, b"\x0f\x01FCGI_MPXS_CONNS0".to_vec()));
+    client.send(record(GET_VALUES, 0, &parameters(&[("FCGI_MPXS_CONNS", ""), ("NOTHING", "")])));
+    assert_eq!(client.record().unwrap(), (GET_VALUES_RESULT, 0, b"\x0f\x01FCGI_MPXS_CONNS0".to_vec()));
     client.send(record(77, 0, b""));
-    assert_eq!(client.record().unwrap(), (11, 0, vec![77, 0, 0, 0, 0, 0, 0, 0]));
-    client.send(record(1, 3, &[0, 2, 1, 0, 0, 0, 0, 0]));
-    assert_eq!(client.record().unwrap(), (3, 3, vec![0, 0, 0, 0, 3, 0, 0, 0]));
+    assert_eq!(client.record().unwrap(), (UNKNOWN_TYPE, 0, vec![77, 0, 0, 0, 0, 0, 0, 0]));
+    client.send(record(BEGIN_REQUEST, 3, &AUTHORIZER));
+    assert_eq!(client.record().unwrap(), (END_REQUEST, 3, UNKNOWN_ROLE.to_vec()));
     // While a request waits, another on its connection is refused, and a question answered.
     let id = bus.join();
     client.ask("GET", &format!("id={id}&wait=60"), &[], b"");
-    client.send(record(1, 2, &BEGIN)).send(record(9, 0, b""));
-    assert_eq!(client.record().unwrap(), (3, 2, vec![0, 0, 0, 0, 1, 0, 0, 0]));
-    assert_eq!(client.record().unwrap(), (10, 0, vec![]));
+    client.send(record(BEGIN_REQUEST, 2, &RESPONDER)).send(record(GET_VALUES, 0, b""));
+    assert_eq!(client.record().unwrap(), (END_REQUEST, 2, CANNOT_MULTIPLEX.to_vec()));
+    assert_eq!(client.record().unwrap(), (GET_VALUES_RESULT, 0, vec![]));
     bus.publish(1, "1");
     assert_eq!(data(&client.answer().reply), [1]);
 }
@@ -151,20 +157,20 @@ fn an_aborted_request_ends_and_its_connection_goes_on() {
     let bus = Bus::start();
     let id = bus.join();
     let mut client = bus.connect();
-    client.send(record(1, 1, &BEGIN)).send(record(2, 1, b""));
-    assert_eq!(client.record().unwrap(), (3, 1, vec![0; 8]));
+    client.send(record(BEGIN_REQUEST, 1, &RESPONDER)).send(record(ABORT_REQUEST, 1, b""));
+    assert_eq!(client.record().unwrap(), (END_REQUEST, 1, REQUEST_COMPLETE.to_vec()));
     for query in [format!("id={id}&wait=60"), format!("id={id}&stream=1")] {
         client.ask("GET", &query, &[], b"");
         thread::sleep(Duration::from_millis(50));
-        client.send(record(2, 1, b""));
-        while client.record().unwrap().0 != 3 {}
+        client.send(record(ABORT_REQUEST, 1, b""));
+        while client.record().unwrap().0 != END_REQUEST {}
         assert_eq!(client.ask("GET", "id=0", &[], b"").answer().reply.status, 200);
     }
     // Also where it comes with its request, and nothing else wakes that.
     let mut other = bus.connect();
     other.ask("GET", &format!("id={id}&stream=1"), &[], b"").until("event: cursor");
-    client.send([request("GET", &format!("id={id}&wait=60"), &[], b""), record(2, 1, b"")].concat());
-    while client.record().unwrap().0 != 3 {}
+    client.send([request("GET", &format!("id={id}&wait=60"), &[], b""), record(ABORT_REQUEST, 1, b"")].concat());
+    while client.record().unwrap().0 != END_REQUEST {}
 }
 
 #[test]
@@ -417,7 +423,7 @@ fn a_reader_that_does_not_read_is_cut_off_and_nothing_is_kept_for_it() {
     thread::sleep(Duration::from_secs(11));
     assert!(bus.gets() > 0);
     while let Some((kind, ..)) = slow.record() {
-        assert_eq!(kind, 6);
+        assert_eq!(kind, STDOUT);
     }
 }
 

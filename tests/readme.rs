@@ -1,13 +1,13 @@
 //! What README and the other pages say is so.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Front, Site, executable};
+use crate::fixtures::daemon::executable;
+use crate::fixtures::fronts::Front;
+use crate::fixtures::site::Site;
 
 fn file(name: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()

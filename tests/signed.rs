@@ -1,7 +1,4 @@
-//! Signed buses: a message there is by the user it names, on all four fronts; and what a signature is, to the byte.
-
-#[macro_use]
-mod common;
+//! Signed buses: a message there is by the user it names, on the main fronts; and what a signature is, to the byte.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -10,10 +7,15 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Front, Reply, Signer, Site, base64url_hmac, decode, unix_millis};
 use serde_json::json;
 use shortbus::http::signature::Error;
 use shortbus::http::signature::{Signed, secret};
+
+use crate::fixtures::daemon::wait_for;
+use crate::fixtures::fronts::Front;
+use crate::fixtures::http_client::{Reply, decode};
+use crate::fixtures::signer::{Signer, base64url_hmac, unix_millis};
+use crate::fixtures::site::Site;
 
 on_main_fronts! {
     a_join_gives_a_secret_by_which_its_user_publishes_to_all
@@ -95,12 +97,11 @@ fn many_first_joins_at_the_same_moment_get_secrets_of_one_key(front: Front) {
     }
 }
 
-fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
-    let site =
-        Site::with(front, &[("chat", &[SIGNED]), ("fresh", &[SIGNED]), ("brief", &[SIGNED, ("SHORTBUS_TTL", "5")])]);
-    let (user, brief, now) = (site.join_signed("chat"), site.join_signed("brief"), unix_millis());
-    let (u, sig) = (user.user, user.sig(now, "k", "1"));
-    let mut rows: Vec<(String, &str, &str)> = vec![
+/// A query of a publish, how its signature fails, and a part of what the client is told.
+type Failure = (String, &'static str, &'static str);
+
+fn missing_or_malformed(u: u64, now: u64, sig: &str) -> Vec<Failure> {
+    let mut rows: Vec<Failure> = vec![
         (format!("user={u}"), "missing", "'once'"),
         (format!("user={u}&time={now}&sig={sig}"), "missing", "'once'"),
         (format!("user={u}&once=k"), "missing", "'time'"),
@@ -137,9 +138,15 @@ fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
     ] {
         rows.push((format!("user={u}&once=k&time={now}&sig={sig}"), "malformed", "'sig'"));
     }
+    rows
+}
+
+/// What is signed by another key, or too long ago or ahead.
+fn wrong_or_untimely(user: &Signer, now: u64) -> Vec<Failure> {
+    let u = user.user;
     let another = signer(b"another key of thirty-two bytes!", u, &user.bus);
     let of = |time| user.query(time, "k", "1");
-    rows.extend([
+    vec![
         (format!("user={u}&once=k&time={now}&sig={}", "A".repeat(43)), "wrong", "join again"),
         (another.query(now, "k", "1"), "wrong", "join again"),
         // Who has no secret learns nothing of the clock.
@@ -151,7 +158,13 @@ fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
         (of(now / 1_000), "too_old", "clock"),
         (of(now + 90_000), "clock_ahead", "clock"),
         (of(u64::MAX), "clock_ahead", "clock"),
-    ]);
+    ]
+}
+
+fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
+    let site =
+        Site::with(front, &[("chat", &[SIGNED]), ("fresh", &[SIGNED]), ("brief", &[SIGNED, ("SHORTBUS_TTL", "5")])]);
+    let (user, brief, now) = (site.join_signed("chat"), site.join_signed("brief"), unix_millis());
     let before = site.writes();
     let refused = |bus: &str, query: &str, code: &str, part: &str| {
         let reply = site.post(&format!("{bus}?{query}"), "1");
@@ -159,14 +172,15 @@ fn each_way_to_fail_has_its_code_and_stores_nothing(front: Front) {
         assert!(reply.json()["message"].as_str().is_some_and(|text| text.contains(part)), "{query}: {reply:?}");
         assert_eq!((reply.header("retry-after"), reply.header("cache-control")), (None, Some("no-store")));
     };
-    for (query, code, part) in &rows {
-        refused("chat", query, code, part);
+    let rows = missing_or_malformed(user.user, now, &user.sig(now, "k", "1"));
+    for (query, code, part) in rows.into_iter().chain(wrong_or_untimely(&user, now)) {
+        refused("chat", &query, code, part);
     }
     for (time, code) in [(now - 6_000, "too_old"), (now + 30_000, "clock_ahead")] {
         refused("brief", &brief.query(time, "k", "1"), code, "");
     }
     // Nobody has joined: there is no key, and a publish makes none.
-    refused("fresh", &of(now), "wrong", "");
+    refused("fresh", &user.query(now, "k", "1"), "wrong", "");
     // What is wrong on any bus is wrong here too, before the signature.
     for (query, body, code) in
         [("once=k", "1", "parameter"), ("user=1&once=", "1", "parameter"), ("user=1", "x", "json")]
@@ -337,11 +351,11 @@ fn a_key_has_32_bytes_at_least_and_any_of_them(front: Front) {
             );
         }
         let length = format!("(it is '{} bytes long')", key.len());
-        common::wait_for("its length in the log", || site.log().contains(&length));
+        wait_for("its length in the log", || site.log().contains(&length));
     }
     // An open bus has no use for it.
     site.publish("open", 1, "1");
-    common::wait_for("the last error in the log", || site.log().matches("bad_setting").count() == 9);
+    wait_for("the last error in the log", || site.log().matches("bad_setting").count() == 9);
     assert!(!site.log().contains("ZQXJ"));
 }
 
@@ -433,7 +447,7 @@ fn an_open_bus_is_as_it_was(front: Front) {
     for bus in ["chat", "keyed"] {
         let reply = site.get(bus);
         let (json, start) = (reply.json(), site.join(bus).1);
-        let offer = if front.holds() { ",\"wait\":60,\"stream\":true" } else { "" };
+        let offer = if front.can_wait() { ",\"wait\":60,\"stream\":true" } else { "" };
         assert_eq!(reply.text(), format!("{{\"user\":{},\"id\":{start}{offer}}}", json["user"]));
         for (n, query) in ["", "&time=1", "&sig=x", "&once=k&time=1&time=2&sig=&sig="].into_iter().enumerate() {
             let reply = site.post(&format!("{bus}?user=1{query}"), "1");

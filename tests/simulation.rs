@@ -5,7 +5,7 @@
 //! *Clean* schedules keep to what the promise assumes; *dirty* ones evict, restart, lose the counter and refuse
 //! memory, and the bus has to work again afterwards. Each rule of the protocol is also broken, to see it caught.
 //!
-//! `SHORTBUS_SEED=<n> cargo test --test simulation <test> -- --nocapture` runs one schedule and prints its trace.
+//! `SHORTBUS_SEED=<n> cargo test simulation::<test> -- --nocapture` runs one schedule and prints its trace.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -1131,7 +1131,7 @@ fn simulate_all(test: &str, seeds: Range<u64>, clean: bool, events: &[&str]) {
     let run = |thread| {
         for seed in seeds.clone().skip(thread).step_by(threads) {
             let (violations, counts) = simulate(World::new(seed, Protocol::Correct, clean));
-            let again = format!("SHORTBUS_SEED={seed} cargo test --test simulation {test} -- --nocapture");
+            let again = format!("SHORTBUS_SEED={seed} cargo test simulation::{test} -- --nocapture");
             assert_eq!(violations, [], "to see the schedule: {again}");
             let mut total = total.lock().expect("no schedule failed");
             counts.into_iter().for_each(|(event, n)| *total.entry(event).or_default() += n);

@@ -1,9 +1,7 @@
 //! Long ordinary use: many readers that never reconnect and some who publish, through two FastCGI processes on one bus
 //! and now and then CGI. What leaks, or is lost once in a hundred thousand messages, shows in no shorter test.
 //!
-//! `SHORTBUS_SOAK=<seconds> cargo test --test soak -- --ignored --nocapture`; an hour where that is not set.
-
-mod common;
+//! `SHORTBUS_SOAK=<seconds> cargo test soak -- --ignored --nocapture`; an hour where that is not set.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,8 +14,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::persistent::{Bus, Client, request};
-use common::wait_for;
+use crate::fixtures::daemon::wait_for;
+use crate::fixtures::fastcgi_client::{Client, STDOUT, request, take_record};
+use crate::fixtures::fastcgi_server::Bus;
 
 /// In each process.
 const STREAMS: usize = 100;
@@ -101,16 +100,10 @@ impl Stream {
             Err(error) if [ErrorKind::WouldBlock, ErrorKind::Interrupted].contains(&error.kind()) => return,
             Err(error) => panic!("a stream at {}: {error}", self.id),
         }
-        while let [1, kind, _, _, high, low, padding, _, ..] = self.records[..] {
-            let length = usize::from(u16::from_be_bytes([high, low]));
-            let end = 8 + length + usize::from(padding);
-            if self.records.len() < end {
-                break;
-            }
-            let content = str::from_utf8(&self.records[8..8 + length]).unwrap();
-            assert_eq!(kind, 6, "the server ended a stream at {}: {content:?}", self.id);
+        while let Some((kind, _, content)) = take_record(&mut self.records) {
+            let content = str::from_utf8(&content).unwrap();
+            assert_eq!(kind, STDOUT, "the server ended a stream at {}: {content:?}", self.id);
             self.text.push_str(content);
-            self.records.drain(..end);
         }
         if !self.begun
             && let Some(end) = self.text.find("\r\n\r\n")
@@ -123,19 +116,23 @@ impl Stream {
             && let Some(end) = self.text.find("\n\n")
         {
             let event: String = self.text.drain(..end + 2).collect();
-            if let Some((id, data)) = event.strip_prefix("id: ").and_then(|rest| rest.trim_end().split_once("\ndata: "))
-            {
-                let id: u64 = id.parse().unwrap();
-                let json: serde_json::Value = serde_json::from_str(data).unwrap();
-                assert_eq!(json["id"], id, "{event}");
-                assert!(id > self.id, "{id} behind {}", self.id);
-                self.id = id;
-                window.lock().unwrap().hear(id, json["data"].as_str().unwrap()).streams += 1;
-            } else {
-                let known = ["retry: ", "event: cursor\n", ":\n"].iter().any(|start| event.starts_with(start));
-                assert!(known, "behind {}: {event:?}", self.id);
-            }
+            self.take_event(&event, window);
         }
+    }
+
+    fn take_event(&mut self, event: &str, window: &Mutex<Window>) {
+        let message = event.strip_prefix("id: ").and_then(|rest| rest.trim_end().split_once("\ndata: "));
+        let Some((id, data)) = message else {
+            let known = ["retry: ", "event: cursor\n", ":\n"].iter().any(|start| event.starts_with(start));
+            assert!(known, "behind {}: {event:?}", self.id);
+            return;
+        };
+        let id: u64 = id.parse().unwrap();
+        let json: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(json["id"], id, "{event}");
+        assert!(id > self.id, "{id} behind {}", self.id);
+        self.id = id;
+        window.lock().unwrap().hear(id, json["data"].as_str().unwrap()).streams += 1;
     }
 }
 
@@ -199,6 +196,177 @@ impl Usage {
     }
 }
 
+/// Usage of both processes, and when it was.
+type Sample = (Duration, [Usage; 2]);
+
+/// What the threads of a soak share.
+struct Soak {
+    /// The newest id before it all.
+    start: u64,
+    window: Mutex<Window>,
+    /// Publishers end.
+    stop: AtomicBool,
+    /// All end.
+    failed: AtomicBool,
+    /// Readers go on.
+    reading: AtomicBool,
+    /// Streams that have begun.
+    opened: AtomicUsize,
+    retries: AtomicU64,
+    /// The newest id that was acknowledged.
+    newest: AtomicU64,
+}
+
+impl Soak {
+    fn new(start: u64) -> Soak {
+        let window = Window { messages: BTreeMap::new(), verified: start, count: 0, next: [0; CGI + 1] };
+        Soak {
+            start,
+            window: Mutex::new(window),
+            stop: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            reading: AtomicBool::new(true),
+            opened: AtomicUsize::new(0),
+            retries: AtomicU64::new(0),
+            newest: AtomicU64::new(start),
+        }
+    }
+
+    fn ends(&self) -> bool {
+        self.failed.load(SeqCst) || self.stop.load(SeqCst)
+    }
+
+    fn acknowledge(&self, id: u64, data: &str) {
+        self.window.lock().unwrap().hear(id, data).acknowledged = true;
+        self.newest.fetch_max(id, SeqCst);
+    }
+
+    /// Pauses, unless all ends meanwhile.
+    fn rest(&self, pause: Duration) {
+        let end = Instant::now() + pause;
+        while Instant::now() < end && !self.ends() {
+            thread::sleep(Duration::from_millis(100).min(end - Instant::now()));
+        }
+    }
+
+    /// Reads the streams of one process: where each of them is at the end.
+    fn read_streams(&self, socket: &Path) -> Vec<u64> {
+        let _stops = Stops(&self.failed);
+        let mut streams: Vec<Stream> = (0..STREAMS).map(|_| Stream::open(socket, self.start)).collect();
+        let mut buffer = vec![0; 65_536];
+        while self.reading.load(SeqCst) && !self.failed.load(SeqCst) {
+            thread::sleep(READ_PAUSE);
+            for stream in &mut streams {
+                let begun = stream.begun;
+                stream.read(&mut buffer, &self.window);
+                self.opened.fetch_add(usize::from(stream.begun && !begun), SeqCst);
+            }
+        }
+        streams.iter().map(|stream| stream.id).collect()
+    }
+
+    fn publish_often(&self, socket: &Path, publisher: usize) {
+        let _stops = Stops(&self.failed);
+        let mut client = Client::connect(socket);
+        let mut number = 0;
+        while !self.ends() {
+            let (id, tries) = publish(&mut client, publisher, number);
+            self.acknowledge(id, &format!("{publisher} {number}"));
+            self.retries.fetch_add(tries - 1, SeqCst);
+            number += 1;
+            // About 500 ms, with no beat in common.
+            self.rest(Duration::from_millis(450 + (publisher as u64 * 31 + number * 17) % 100));
+        }
+    }
+
+    fn publish_often_by_cgi(&self, program: &Path, memcached: &str) {
+        let _stops = Stops(&self.failed);
+        let mut number = 0;
+        while !self.ends() {
+            self.acknowledge(publish_by_cgi(program, memcached, number), &format!("{CGI} {number}"));
+            number += 1;
+            self.rest(CGI_PAUSE);
+        }
+    }
+
+    /// Verifies messages for as long as it takes, with a sample each minute, or ten in all.
+    fn watch(&self, pids: [u32; 2], duration: Duration) -> Vec<Sample> {
+        let begun = Instant::now();
+        let pause = (duration / 10).min(Duration::from_secs(60));
+        let mut samples: Vec<Sample> = vec![];
+        println!("minute    RSS, KiB       files     CPU, %      messages verified");
+        while !self.failed.load(SeqCst) {
+            let at = begun.elapsed();
+            self.window.lock().unwrap().verify(WINDOW);
+            if at >= pause * samples.len() as u32 || at >= duration {
+                let sample = (at, pids.map(Usage::of));
+                self.print(samples.last(), &sample);
+                samples.push(sample);
+            }
+            if at >= duration {
+                break;
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+        samples
+    }
+
+    fn print(&self, before: Option<&Sample>, (at, usage): &Sample) {
+        let since = before.map_or(Duration::ZERO, |(at, _)| *at);
+        let share = |n: usize| {
+            let before = before.map_or(usage[n].time, |(_, usage)| usage[n].time);
+            (usage[n].time - before) as f64 / (*at - since).as_secs_f64().max(0.01)
+        };
+        let [first, second] = usage;
+        println!(
+            "{:6.2} {:7} {:7} {:6} {:4} {:6.1} {:5.1} {:12}",
+            at.as_secs_f64() / 60.0,
+            first.memory,
+            second.memory,
+            first.files,
+            second.files,
+            share(0),
+            share(1),
+            self.window.lock().unwrap().count,
+        );
+    }
+
+    /// All that was acknowledged has come to all streams, and nothing behind it.
+    fn check(self, ids: &[u64]) {
+        let mut window = self.window.into_inner().unwrap();
+        window.verify(Duration::ZERO);
+        let newest = self.newest.into_inner();
+        assert_eq!(ids, vec![newest; 2 * STREAMS], "where the streams are");
+        assert_eq!(window.verified, newest);
+        println!(
+            "{} messages, each {} times; {} ids unused, {} requests repeated, {} by CGI",
+            window.count,
+            2 * STREAMS,
+            newest - self.start - window.count,
+            self.retries.into_inner(),
+            window.next[CGI],
+        );
+    }
+}
+
+/// Neither process takes more and more, once it is warm.
+fn check_usage(samples: &[Sample], duration: Duration) {
+    let (_, warm) = samples.iter().find(|(at, _)| *at >= duration / 5).unwrap();
+    let (end, last) = samples.last().unwrap();
+    for (n, (warm, last)) in warm.iter().zip(last).enumerate() {
+        println!(
+            "process {n}: {} -> {} KiB, {} -> {} files, {:.1} % CPU",
+            warm.memory,
+            last.memory,
+            warm.files,
+            last.files,
+            (last.time - samples[0].1[n].time) as f64 / end.as_secs_f64(),
+        );
+        assert!(last.memory * 4 <= warm.memory * 5 + 4 * 512, "the memory of process {n} grows");
+        assert_eq!(last.files, warm.files, "files of process {n}");
+    }
+}
+
 #[test]
 #[ignore = "takes an hour"]
 fn for_a_while() {
@@ -209,141 +377,29 @@ fn for_a_while() {
     let sockets = [bus.worker.socket.clone(), another.socket.clone()];
     let pids = [bus.worker.daemon.pid(), another.daemon.pid()];
     let (program, memcached) = (bus.folder.join("chat"), bus.memcached.address.clone());
-    let start = bus.join();
-
-    let window = Window { messages: BTreeMap::new(), verified: start, count: 0, next: [0; CGI + 1] };
-    let window = Mutex::new(window);
-    let (stop, failed, reading) = (AtomicBool::new(false), AtomicBool::new(false), AtomicBool::new(true));
-    let (opened, retries, newest) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicU64::new(start));
-    let ends = || failed.load(SeqCst) || stop.load(SeqCst);
-    let acknowledge = |id, data: &str| {
-        window.lock().unwrap().hear(id, data).acknowledged = true;
-        newest.fetch_max(id, SeqCst);
-    };
-    let rest = |pause| {
-        let end = Instant::now() + pause;
-        while Instant::now() < end && !ends() {
-            thread::sleep(Duration::from_millis(100).min(end - Instant::now()));
-        }
-    };
+    let soak = Soak::new(bus.join());
 
     let (samples, ids) = thread::scope(|scope| {
-        let _stops = Stops(&failed);
-        let readers = sockets.each_ref().map(|socket| {
-            let (window, opened, failed, reading) = (&window, &opened, &failed, &reading);
-            scope.spawn(move || {
-                let _stops = Stops(failed);
-                let mut streams: Vec<Stream> = (0..STREAMS).map(|_| Stream::open(socket, start)).collect();
-                let mut buffer = vec![0; 65_536];
-                while reading.load(SeqCst) && !failed.load(SeqCst) {
-                    thread::sleep(READ_PAUSE);
-                    for stream in &mut streams {
-                        let begun = stream.begun;
-                        stream.read(&mut buffer, window);
-                        opened.fetch_add(usize::from(stream.begun && !begun), SeqCst);
-                    }
-                }
-                streams.iter().map(|stream| stream.id).collect::<Vec<_>>()
-            })
-        });
-        wait_for("the streams", || opened.load(SeqCst) == 2 * STREAMS || failed.load(SeqCst));
-
-        let publishers = (0..2 * PUBLISHERS).map(|publisher| {
-            let (socket, failed) = (&sockets[publisher % 2], &failed);
-            let (ends, rest, acknowledge, retries) = (&ends, &rest, &acknowledge, &retries);
-            scope.spawn(move || {
-                let _stops = Stops(failed);
-                let mut client = Client::connect(socket);
-                let mut number = 0;
-                while !ends() {
-                    let (id, tries) = publish(&mut client, publisher, number);
-                    acknowledge(id, &format!("{publisher} {number}"));
-                    retries.fetch_add(tries - 1, SeqCst);
-                    number += 1;
-                    // About 500 ms, with no beat in common.
-                    rest(Duration::from_millis(450 + (publisher as u64 * 31 + number * 17) % 100));
-                }
-            })
-        });
-        let mut publishers: Vec<_> = publishers.collect();
-        publishers.push(scope.spawn(|| {
-            let _stops = Stops(&failed);
-            let mut number = 0;
-            while !ends() {
-                acknowledge(publish_by_cgi(&program, &memcached, number), &format!("{CGI} {number}"));
-                number += 1;
-                rest(CGI_PAUSE);
-            }
-        }));
-
-        // A sample each minute, or ten.
-        let begun = Instant::now();
-        let pause = (duration / 10).min(Duration::from_secs(60));
-        let mut samples: Vec<(Duration, [Usage; 2])> = vec![];
-        println!("minute    RSS, KiB       files     CPU, %      messages verified");
-        while !failed.load(SeqCst) {
-            let at = begun.elapsed();
-            window.lock().unwrap().verify(WINDOW);
-            if at >= pause * samples.len() as u32 || at >= duration {
-                let usage = pids.map(Usage::of);
-                let since = samples.last().map_or(Duration::ZERO, |(at, _)| *at);
-                let share = |n: usize| {
-                    let before = samples.last().map_or(usage[n].time, |(_, usage)| usage[n].time);
-                    (usage[n].time - before) as f64 / (at - since).as_secs_f64().max(0.01)
-                };
-                let [first, second] = &usage;
-                println!(
-                    "{:6.2} {:7} {:7} {:6} {:4} {:6.1} {:5.1} {:12}",
-                    at.as_secs_f64() / 60.0,
-                    first.memory,
-                    second.memory,
-                    first.files,
-                    second.files,
-                    share(0),
-                    share(1),
-                    window.lock().unwrap().count,
-                );
-                samples.push((at, usage));
-            }
-            if at >= duration {
-                break;
-            }
-            thread::sleep(Duration::from_millis(200));
-        }
-        stop.store(true, SeqCst);
+        let soak = &soak;
+        let _stops = Stops(&soak.failed);
+        let readers = sockets.each_ref().map(|socket| scope.spawn(move || soak.read_streams(socket)));
+        wait_for("the streams", || soak.opened.load(SeqCst) == 2 * STREAMS || soak.failed.load(SeqCst));
+        let spawn = |publisher: usize| {
+            let socket = sockets[publisher % 2].as_path();
+            scope.spawn(move || soak.publish_often(socket, publisher))
+        };
+        let mut publishers: Vec<_> = (0..2 * PUBLISHERS).map(spawn).collect();
+        publishers.push(scope.spawn(|| soak.publish_often_by_cgi(&program, &memcached)));
+        let samples = soak.watch(pids, duration);
+        soak.stop.store(true, SeqCst);
         publishers.into_iter().for_each(|publisher| publisher.join().unwrap());
-        // All that was acknowledged comes, and nothing behind it.
+        // What was acknowledged last is still on its way.
         thread::sleep(WINDOW / 2);
-        reading.store(false, SeqCst);
+        soak.reading.store(false, SeqCst);
         (samples, readers.map(|reader| reader.join().unwrap()).concat())
     });
-    let mut window = window.into_inner().unwrap();
-    window.verify(Duration::ZERO);
-    let newest = newest.into_inner();
-    assert_eq!(ids, vec![newest; 2 * STREAMS], "where the streams are");
-    assert_eq!(window.verified, newest);
+    soak.check(&ids);
     assert!(bus.worker.daemon.is_alive() && another.daemon.is_alive());
-    println!(
-        "{} messages, each {} times; {} ids unused, {} requests repeated, {} by CGI; log: {:?}",
-        window.count,
-        2 * STREAMS,
-        newest - start - window.count,
-        retries.into_inner(),
-        window.next[CGI],
-        bus.folder.text("start.log"),
-    );
-    let warm = samples.iter().find(|(at, _)| *at >= duration / 5).unwrap();
-    let last = samples.last().unwrap();
-    for (n, (warm, last)) in warm.1.iter().zip(&last.1).enumerate() {
-        println!(
-            "process {n}: {} -> {} KiB, {} -> {} files, {:.1} % CPU",
-            warm.memory,
-            last.memory,
-            warm.files,
-            last.files,
-            (last.time - samples[0].1[n].time) as f64 / samples.last().unwrap().0.as_secs_f64(),
-        );
-        assert!(last.memory * 4 <= warm.memory * 5 + 4 * 512, "the memory of process {n} grows");
-        assert_eq!(last.files, warm.files, "files of process {n}");
-    }
+    println!("log: {:?}", bus.folder.text("start.log"));
+    check_usage(&samples, duration);
 }

@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::fixtures::fastcgi_client::STDOUT;
+
 /// Where a client connects to, and what is spoken there.
 #[derive(Clone)]
 pub enum Place {
@@ -174,7 +176,7 @@ impl Client {
                 (Place::FastCgi(_), [1, kind, _, _, high, low, padding, _, content @ ..]) => {
                     let length = usize::from(u16::from_be_bytes([*high, *low]));
                     let whole = 8 + length + usize::from(*padding);
-                    assert_eq!(*kind, 6, "a stream goes on");
+                    assert_eq!(*kind, STDOUT, "a stream goes on");
                     (rest.len() >= whole).then(|| (&content[..length], whole))
                 }
                 _ => None,

@@ -64,7 +64,7 @@ pub fn spread(samples: &[f64], digits: usize, unit: &str) -> String {
 /// One of the programs to compare with, which `make bench` builds.
 pub fn baseline(name: &str) -> PathBuf {
     let own = std::env::current_exe().unwrap();
-    let path = own.ancestors().nth(2).unwrap().join("examples").join(name);
+    let path = own.ancestors().nth(2).unwrap().join(name);
     assert!(path.exists(), "{} is missing: run make bench", path.display());
     path
 }

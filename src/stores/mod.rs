@@ -2,6 +2,9 @@
 
 pub mod memcached;
 
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rand::TryRng;
@@ -16,4 +19,12 @@ fn random_pause(longest: Duration) -> Duration {
 /// Microseconds since 1970.
 fn unix_micros() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_micros() as u64)
+}
+
+/// Runs a future that never waits: every operation of a blocking store is ready at once.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => value,
+        Poll::Pending => unreachable!("a blocking store is always ready"),
+    }
 }

@@ -528,7 +528,7 @@ test("a poll that hangs is given up and repeated; a send that hangs is given up"
     request.method === "POST" || (isPoll(request) && !polls++) ? never : pass(),
   );
   // Not so much that a request under load would be given up.
-  const asked = hurry(t, 20);
+  const asked = hurry(t, 10);
   const bus = await joined(t, proxy.url, { interval: 20, deadline: 1_000 });
   await site.publish(url, "after all");
   await until("a message", () => bus.heard().length);

@@ -1,4 +1,4 @@
-// Real servers for the tests, as in tests/common/mod.rs: a memcached, with an Apache that runs the bus by CGI, or with an
+// Real servers for the tests, as in tests/fixtures/mod.rs: a memcached, with an Apache that runs the bus by CGI, or with an
 // nginx or an Apache in front of it as a FastCGI server. Each has a temporary folder of its own. All are killed and
 // removed at the end, however the tests end. A proxy does to requests what a test wants.
 

@@ -1,0 +1,18 @@
+//! What the bus promises, held to by real servers and browsers, and by a simulation. Each part is a module:
+//! `cargo test scenarios::` runs one of them alone.
+
+#[macro_use]
+mod fixtures;
+
+mod browser;
+mod cli;
+mod delivery;
+mod demo;
+mod failures;
+mod layout;
+mod persistent;
+mod readme;
+mod scenarios;
+mod signed;
+mod simulation;
+mod soak;
