@@ -1,10 +1,12 @@
 //! Bytes on a web server's connection, on tokio.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::Pin;
+use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::select;
 use tokio::time::sleep_until;
@@ -30,26 +32,23 @@ impl Connection {
 
     /// Reads what there is into the parser; waits for it as long as it takes.
     ///
+    /// By `poll_read`, since after a short read it knows that there is no more: `readable` with `try_read` makes one more
+    /// system call a request to hear it.
+    ///
     /// # Errors
     /// It is closed, or speaks no FastCGI: it is good for nothing any more.
     pub async fn read(&mut self, body_limit: &dyn Fn(&Parameters) -> usize) -> io::Result<()> {
-        loop {
-            self.stream.readable().await?;
-            match self.try_read(body_limit) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                read => return read,
+        poll_fn(|context| {
+            let mut buffer = [0; BUFFER];
+            let mut buffer = ReadBuf::new(&mut buffer);
+            ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
+            if buffer.filled().is_empty() {
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
             }
-        }
-    }
-
-    fn try_read(&mut self, body_limit: &dyn Fn(&Parameters) -> usize) -> io::Result<()> {
-        let mut buffer = [0; BUFFER];
-        let read = self.stream.try_read(&mut buffer)?;
-        if read == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let fed = self.parser.feed(&buffer[..read], &mut self.out, body_limit);
-        fed.map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed.0))
+            let fed = self.parser.feed(buffer.filled(), &mut self.out, body_limit);
+            Poll::Ready(fed.map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed.0)))
+        })
+        .await
     }
 
     /// Waits until `changed`, or `until`, or the web server gives up; or a record wants an answer, which is written.
