@@ -21,7 +21,7 @@ fn converse(bytes: &[u8], size: usize) -> Option<Request> {
         let Some(request) = parser.split_request() else { continue };
         assert!(request.body.len() <= BODY_MAX + 1);
         let names = ["QUERY_STRING", "REQUEST_METHOD", ""];
-        let kept: usize = names.iter().filter_map(|name| request.parameters.get(name)).map(<[u8]>::len).sum();
+        let kept: usize = names.iter().filter_map(|name| request.parameters.variables().get(name)).map(<[u8]>::len).sum();
         assert!(kept <= limits::PARAMETERS_BYTES);
         reply(&mut out, request.id, b"Status: 200 OK\r\n\r\n", b"");
         parser.answered();

@@ -9,28 +9,30 @@ use std::time::{Duration, Instant};
 use crate::bus;
 use crate::bus::store::StoreError;
 use crate::config::Config;
+use crate::http;
+use crate::http::request::{self, Gateway};
 use crate::http::waiting::{self, Front, Next};
-use crate::http::{self, request};
 use crate::limits;
 use crate::stores::block_on;
 use crate::stores::memcached::blocking::Memcached;
-use crate::variables::environment;
+use crate::variables::Variables;
 
 /// Serves the one request of this process. A client that has gone is nobody's error.
 pub fn serve(argv0: &[u8]) {
-    let config = Config::read(&environment, argv0, 0);
+    let variables = Variables::environment();
+    let config = Config::read(&variables, &Variables::default(), argv0, 0);
     let limit = config.as_ref().map_or(0, |config| config.max_bytes);
-    let body = request::read_body(&environment, &*fd(0), limit);
+    let body = request::read_body(&variables, &*fd(0), limit);
     // The connection is closed again when this returns: what is written below goes to nobody else, even if the server
     // started us without a stdout or stderr.
-    let mut response = block_on(http::answer(&environment, config, body, connect));
+    let mut response = block_on(http::answer(&variables, Gateway::Cgi, config, body, connect));
     if let Some(line) = &response.log {
         let _ = fd(2).write_all(format!("{line}\n").as_bytes());
     }
     let nph = argv0.rsplit(|&byte| byte == b'/').next().is_some_and(|name| name.starts_with(b"nph-"));
     let _ = match response.waiting.take() {
         None => {
-            let head = environment("REQUEST_METHOD").is_some_and(|method| method == b"HEAD");
+            let head = variables.text("REQUEST_METHOD") == b"HEAD";
             fd(1).write_all(&response.to_cgi(head, nph))
         }
         Some(waiting) => {

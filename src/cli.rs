@@ -8,7 +8,7 @@ use crate::http::error::Error;
 use crate::http::message;
 use crate::stores::block_on;
 use crate::stores::memcached::blocking::Memcached;
-use crate::variables::environment;
+use crate::variables::Variables;
 
 const HELP: &str = "\
 shortbus: a broadcasting message bus for browser pages, in one executable, for CGI and FastCGI.
@@ -47,17 +47,17 @@ pub fn run(argv0: &[u8], arguments: &[Vec<u8>]) -> (i32, String) {
 
 /// Shows what a request would meet, with this shell's environment in the place of the web server's.
 fn check(argv0: &[u8]) -> (i32, String) {
-    let config = match Config::read(&environment, argv0, 0) {
+    let environment = Variables::environment();
+    let config = match Config::read(&environment, &Variables::default(), argv0, 0) {
         Ok(config) => config,
         Err(error) => return (1, format!("shortbus: {}\n", cause(error.into()))),
     };
-    let source = |name: &str, default| if environment(name).is_some() { "environment" } else { default };
+    let source = |name: &str, default| if environment.get(name).is_some() { "environment" } else { default };
     let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
     let auth = if config.auth == Auth::Open { "open" } else { "signed" };
     // Never the key itself: what is shown here is pasted into reports.
-    let key = match (&config.auth, environment("SHORTBUS_KEY").map(|key| key.len())) {
-        (Auth::Open, Some(_)) => "of no use: SHORTBUS_AUTH is not signed".into(),
-        (Auth::Open, None) => "none".into(),
+    let key = match (&config.auth, environment.get("SHORTBUS_KEY").map(<[u8]>::len)) {
+        (Auth::Open, _) => "none".into(),
         (Auth::Signed(_), Some(length)) => format!("{length} bytes"),
         (Auth::Signed(_), None) => "made by the bus, in memcached".into(),
     };

@@ -9,18 +9,31 @@ use crate::variables::{Variables, whole_number};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     /// The setting's name.
-    pub name: &'static str,
-    /// Its value, for the operator; of a secret, what is wrong with it.
+    pub name: String,
+    /// What is wrong, and what to do: the sentence goes on from the name.
+    pub wrong: String,
+    /// Its value, for the operator; of a secret, no more than its length.
     pub value: String,
-    /// What it may be.
-    pub allowed: &'static str,
 }
 
 impl Error {
-    fn new(name: &'static str, value: impl Into<String>, allowed: &'static str) -> Error {
-        Error { name, value: value.into(), allowed }
+    fn new(name: &str, value: &[u8], allowed: &str) -> Error {
+        let wrong = format!("cannot be used as it is; it has to be {allowed}.");
+        Error { name: name.into(), wrong, value: String::from_utf8_lossy(value).into_owned() }
     }
 }
+
+/// All settings.
+pub const SETTINGS: [&str; 8] = [
+    "SHORTBUS_BUS",
+    "SHORTBUS_TTL",
+    "SHORTBUS_MAX_BYTES",
+    "SHORTBUS_MEMCACHED",
+    "SHORTBUS_ALLOW_ORIGIN",
+    "SHORTBUS_WAIT",
+    "SHORTBUS_AUTH",
+    "SHORTBUS_KEY",
+];
 
 const TTL_ALLOWED: &str = "a whole number of seconds from 1 to 2592000";
 const BYTES_ALLOWED: &str = "a whole number of bytes from 1 to 1000000";
@@ -29,8 +42,8 @@ const WAIT_ALLOWED: &str = "a whole number of seconds from 0, for no waiting, to
 const AUTH_ALLOWED: &str = "signed, or left out";
 const KEY_ALLOWED: &str = "at least 32 bytes that nobody can guess; make one with: openssl rand -base64 32";
 const BUS_ALLOWED: &str = "a name of at least one byte";
-const ORIGIN_ALLOWED: &str =
-    "*, or origins separated by spaces, each as a browser sends it: lower case, no path, like https://example.org";
+const ORIGIN_ALLOWED: &str = "*, or origins separated by spaces, each as a browser sends it: lower case, no path, no \
+                              default port, like https://example.org";
 
 /// How one bus is set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,36 +81,34 @@ impl std::fmt::Debug for Auth {
 }
 
 impl Config {
-    /// Reads the settings. `argv0` is the executable's path as the web server gave it, `wait` the default of
-    /// `SHORTBUS_WAIT`.
+    /// Reads the settings: of the request's variables, else of `environment`, this process's. `argv0` is the executable's
+    /// path as the web server gave it, `wait` the default of `SHORTBUS_WAIT`.
     ///
     /// # Errors
     /// An [`Error`] for the first setting that cannot be used; no default takes its place.
-    pub fn read(variables: Variables, argv0: &[u8], wait: u32) -> Result<Config, Error> {
-        let number = |name, default, range, allowed| number(variables, name, default, range, allowed);
-        let bus = match variables("SHORTBUS_BUS") {
+    pub fn read(variables: &Variables, environment: &Variables, argv0: &[u8], wait: u32) -> Result<Config, Error> {
+        check_names(variables)?;
+        check_names(environment)?;
+        let settings = Settings { variables, environment };
+        let bus = match settings.get("SHORTBUS_BUS") {
             Some(name) => name,
-            None => argv0.rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec(),
+            None => argv0.rsplit(|&byte| byte == b'/').next().unwrap_or_default(),
         };
         if bus.is_empty() {
-            return Err(Error::new("SHORTBUS_BUS", String::new(), BUS_ALLOWED));
+            return Err(Error::new("SHORTBUS_BUS", b"", BUS_ALLOWED));
         }
+        let (bytes_default, bytes_max) = (limits::BYTES_DEFAULT as u32, limits::BYTES_MAX as u32);
         Ok(Config {
-            bus,
-            ttl: number("SHORTBUS_TTL", limits::TTL_DEFAULT, 1..=limits::TTL_MAX, TTL_ALLOWED)?,
-            max_bytes: number(
-                "SHORTBUS_MAX_BYTES",
-                limits::BYTES_DEFAULT as u32,
-                1..=limits::BYTES_MAX as u32,
-                BYTES_ALLOWED,
-            )? as usize,
-            memcached: match list(variables, "SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)? {
+            bus: bus.to_vec(),
+            ttl: settings.number("SHORTBUS_TTL", limits::TTL_DEFAULT, 1..=limits::TTL_MAX, TTL_ALLOWED)?,
+            max_bytes: settings.number("SHORTBUS_MAX_BYTES", bytes_default, 1..=bytes_max, BYTES_ALLOWED)? as usize,
+            memcached: match settings.list("SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)? {
                 servers if servers.is_empty() => vec!["127.0.0.1:11211".into()],
                 servers => servers,
             },
-            allow_origin: list(variables, "SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
-            wait: number("SHORTBUS_WAIT", wait, 0..=limits::WAIT_MAX, WAIT_ALLOWED)?,
-            auth: auth(variables)?,
+            allow_origin: settings.list("SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
+            wait: settings.number("SHORTBUS_WAIT", wait, 0..=limits::WAIT_MAX, WAIT_ALLOWED)?,
+            auth: settings.auth()?,
         })
     }
 
@@ -114,54 +125,90 @@ impl Config {
     }
 }
 
-fn auth(variables: Variables) -> Result<Auth, Error> {
-    let Some(auth) = variables("SHORTBUS_AUTH") else {
-        return Ok(Auth::Open);
-    };
-    if auth != b"signed" {
-        return Err(Error::new("SHORTBUS_AUTH", String::from_utf8_lossy(&auth).into_owned(), AUTH_ALLOWED));
-    }
-    match variables("SHORTBUS_KEY") {
-        // Only the key's length: many people read logs.
-        Some(key) if key.len() < limits::KEY_MIN => {
-            Err(Error::new("SHORTBUS_KEY", format!("{} bytes long", key.len()), KEY_ALLOWED))
+/// Refuses names that say that a setting was meant and would not be heard: a bus that its owner believes to be signed
+/// must not be open.
+fn check_names(variables: &Variables) -> Result<(), Error> {
+    for name in variables.names() {
+        let mut plain = name;
+        while let Some(rest) = plain.strip_prefix(b"REDIRECT_") {
+            plain = rest;
         }
-        key => Ok(Auth::Signed(key)),
+        if !plain.starts_with(b"SHORTBUS_") {
+            continue;
+        }
+        let error = |wrong: String| {
+            let [name, value] = [name, variables.text(&String::from_utf8_lossy(name))].map(String::from_utf8_lossy);
+            // A secret under a wrong name is one still.
+            Err(Error { name: name.into(), wrong, value: format!("{} bytes long", value.len()) })
+        };
+        let plain = String::from_utf8_lossy(plain);
+        if name != plain.as_bytes() {
+            if variables.get(&plain).is_none() {
+                return error(format!(
+                    "is what an internal redirect of the web server made of {plain}, which is missing; set {plain} where \
+                     the redirect leads, too."
+                ));
+            }
+        } else if !SETTINGS.contains(&&plain[..]) {
+            return error(format!("is no setting; take it out, or correct it to one of {}.", SETTINGS.join(", ")));
+        }
     }
+    Ok(())
 }
 
-fn number(
-    variables: Variables,
-    name: &'static str,
-    default: u32,
-    range: RangeInclusive<u32>,
-    allowed: &'static str,
-) -> Result<u32, Error> {
-    let Some(value) = variables(name) else {
-        return Ok(default);
-    };
-    match whole_number(&value).and_then(|number| u32::try_from(number).ok()) {
-        Some(number) if range.contains(&number) => Ok(number),
-        _ => Err(Error::new(name, String::from_utf8_lossy(&value).into_owned(), allowed)),
-    }
+/// Where settings come from.
+struct Settings<'a> {
+    variables: &'a Variables<'a>,
+    environment: &'a Variables<'a>,
 }
 
-/// A list separated by white space. It is empty only where the variable is unset.
-fn list(
-    variables: Variables,
-    name: &'static str,
-    allowed: &'static str,
-    good: fn(&str) -> bool,
-) -> Result<Vec<String>, Error> {
-    let Some(value) = variables(name) else {
-        return Ok(Vec::new());
-    };
-    let text = String::from_utf8_lossy(&value);
-    let items: Vec<String> = text.split_ascii_whitespace().map(String::from).collect();
-    if items.is_empty() || !items.iter().all(|item| good(item)) || std::str::from_utf8(&value).is_err() {
-        return Err(Error::new(name, text.into_owned(), allowed));
+impl<'a> Settings<'a> {
+    fn get(&self, name: &str) -> Option<&'a [u8]> {
+        self.variables.get(name).or_else(|| self.environment.get(name))
     }
-    Ok(items)
+
+    fn auth(&self) -> Result<Auth, Error> {
+        let key = self.get("SHORTBUS_KEY");
+        let length = key.map(|key| format!("{} bytes long", key.len())).unwrap_or_default();
+        match (self.get("SHORTBUS_AUTH"), key) {
+            (None, None) => Ok(Auth::Open),
+            (None, Some(_)) => Err(Error {
+                name: "SHORTBUS_KEY".into(),
+                wrong: "is set, but SHORTBUS_AUTH is not: the bus would be open; set SHORTBUS_AUTH to signed, or take \
+                        the key out."
+                    .into(),
+                value: length,
+            }),
+            (Some(b"signed"), Some(key)) if key.len() < limits::KEY_MIN => {
+                Err(Error::new("SHORTBUS_KEY", length.as_bytes(), KEY_ALLOWED))
+            }
+            (Some(b"signed"), key) => Ok(Auth::Signed(key.map(<[u8]>::to_vec))),
+            (Some(auth), _) => Err(Error::new("SHORTBUS_AUTH", auth, AUTH_ALLOWED)),
+        }
+    }
+
+    fn number(&self, name: &str, default: u32, range: RangeInclusive<u32>, allowed: &str) -> Result<u32, Error> {
+        let Some(value) = self.get(name) else {
+            return Ok(default);
+        };
+        match whole_number(value).and_then(|number| u32::try_from(number).ok()) {
+            Some(number) if range.contains(&number) => Ok(number),
+            _ => Err(Error::new(name, value, allowed)),
+        }
+    }
+
+    /// A list separated by white space. It is empty only where the variable is unset.
+    fn list(&self, name: &str, allowed: &str, good: fn(&str) -> bool) -> Result<Vec<String>, Error> {
+        let Some(value) = self.get(name) else {
+            return Ok(Vec::new());
+        };
+        let items: Vec<String> =
+            std::str::from_utf8(value).unwrap_or_default().split_ascii_whitespace().map(String::from).collect();
+        if items.is_empty() || !items.iter().all(|item| good(item)) {
+            return Err(Error::new(name, value, allowed));
+        }
+        Ok(items)
+    }
 }
 
 fn is_server(text: &str) -> bool {
@@ -176,6 +223,13 @@ fn is_origin(text: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_graphic() && !byte.is_ascii_uppercase() && !b"/?#@*,\"'".contains(&byte);
     text == "*"
         || text.split_once("://").is_some_and(|(scheme, host)| {
-            [scheme, host].iter().all(|part| !part.is_empty() && part.bytes().all(plain)) && !host.ends_with(':')
+            let default_port = match scheme {
+                "http" => ":80",
+                "https" => ":443",
+                _ => ":",
+            };
+            [scheme, host].iter().all(|part| !part.is_empty() && part.bytes().all(plain))
+                && !host.ends_with(':')
+                && !host.ends_with(default_port)
         })
 }

@@ -23,6 +23,10 @@ pub const BYTES_MAX: usize = 1_000_000;
 /// long as it lives.
 pub const DEPTH_MAX: usize = 128;
 
+/// Longest number in a message, characters. Python refuses to read whole numbers of more than 4,300 digits, and one such
+/// message would fail all of its polls for as long as it lives.
+pub const NUMBER_MAX: usize = 1_000;
+
 /// Longest percent-encoded bus name that goes into the keys as it is; a longer one is cut and hashed.
 /// `shortbus:` + name + `:` + a 16-digit user id + `:` + [`ONCE_MAX`] must stay within memcached's 250 bytes.
 pub const NAME_MAX: usize = 150;

@@ -5,6 +5,7 @@
 //! The specification: <https://fastcgi-archives.github.io/FastCGI_Specification.html>.
 
 use crate::limits;
+use crate::variables::Variables;
 
 const VERSION: u8 = 1;
 const HEADER: usize = 8;
@@ -61,13 +62,9 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// The value of this name; the last one, where it comes several times.
-    pub fn get(&self, name: &str) -> Option<&[u8]> {
-        Pairs(&self.pairs)
-            .filter_map(Result::ok)
-            .filter(|(key, _)| *key == name.as_bytes())
-            .last()
-            .map(|(_, value)| value)
+    /// The names and values.
+    pub fn variables(&self) -> Variables<'_> {
+        Pairs(&self.pairs).filter_map(Result::ok).collect()
     }
 
     fn append(&mut self, bytes: &[u8]) {
@@ -417,10 +414,10 @@ mod tests {
             let (request, out, _) = feed(&bytes, piece).unwrap();
             let request = request.unwrap();
             assert_eq!((request.id, request.keep, &request.body[..]), (258, true, &b"[1]"[..]));
-            assert_eq!(request.parameters.get("QUERY_STRING"), Some(&b"id=1"[..]));
-            assert_eq!(request.parameters.get("EMPTY"), Some(&b""[..]));
-            assert_eq!(request.parameters.get("BYTES"), Some(&b"\0\xff="[..]));
-            assert_eq!(request.parameters.get("QUERY"), None);
+            assert_eq!(request.parameters.variables().get("QUERY_STRING"), Some(&b"id=1"[..]));
+            assert_eq!(request.parameters.variables().get("EMPTY"), Some(&b""[..]));
+            assert_eq!(request.parameters.variables().get("BYTES"), Some(&b"\0\xff="[..]));
+            assert_eq!(request.parameters.variables().get("QUERY"), None);
             assert_eq!(out, b"");
         }
     }
@@ -434,13 +431,19 @@ mod tests {
                 let (request, ..) = feed(&request(1, &parameters, b""), 1_000).unwrap();
                 let parameters = request.unwrap().parameters;
                 let name = String::from_utf8(name).unwrap();
-                assert_eq!(parameters.get(&name), Some(&value[..]));
-                assert_eq!((parameters.get("A"), parameters.get("Z")), (Some(&b"1"[..]), Some(&b"2"[..])));
+                assert_eq!(parameters.variables().get(&name), Some(&value[..]));
+                assert_eq!(
+                    (parameters.variables().get("A"), parameters.variables().get("Z")),
+                    (Some(&b"1"[..]), Some(&b"2"[..]))
+                );
             }
         }
         // Four bytes for a short length is no mistake; and the last of several counts.
         let long = [&[0x80, 0, 0, 1, 1][..], b"A2", &pair(b"A", b"3")].concat();
-        assert_eq!(feed(&request(1, &long, b""), 9).unwrap().0.unwrap().parameters.get("A"), Some(&b"3"[..]));
+        assert_eq!(
+            feed(&request(1, &long, b""), 9).unwrap().0.unwrap().parameters.variables().get("A"),
+            Some(&b"3"[..])
+        );
     }
 
     #[test]
@@ -455,7 +458,7 @@ mod tests {
             let (request, ..) = feed(&request(1, &pair(b"A", &vec![b'x'; value]), b"1"), 4_096).unwrap();
             let request = request.unwrap();
             assert_eq!((request.parameters.too_many, request.body.len()), (too_many, 1));
-            assert_eq!(request.parameters.get("A").is_none(), too_many);
+            assert_eq!(request.parameters.variables().get("A").is_none(), too_many);
         }
     }
 

@@ -31,13 +31,15 @@ use tokio::task::{spawn_local, yield_now};
 use tokio::time::{sleep, timeout};
 
 use crate::config::{self, Config};
+use crate::http;
 use crate::http::error::Error;
+use crate::http::request::{self, Gateway};
 use crate::http::response::Response;
-use crate::http::{self, request, waiting::Waiting};
+use crate::http::waiting::Waiting;
 use crate::limits;
 use crate::stores::memcached::codec::place;
 use crate::stores::memcached::pipelined::Pool;
-use crate::variables::environment;
+use crate::variables::Variables;
 use codec::{Parameters, Request};
 use connection::Connection;
 use hub::Hubs;
@@ -52,14 +54,14 @@ pub fn listener() -> Option<Socket> {
         let socket = SockRef::from(&fd);
         socket.is_listener().is_ok_and(|yes| yes).then(|| socket.try_clone().ok()).flatten()
     };
-    let is_ours = environment("LISTEN_PID").is_some_and(|pid| pid == std::process::id().to_string().as_bytes());
+    let is_ours = Variables::environment().text("LISTEN_PID") == std::process::id().to_string().as_bytes();
     listening(std::io::stdin().as_fd()).or_else(|| {
         // SAFETY: if fd 3 is not open, the one system call on it says so.
         is_ours.then(|| listening(unsafe { BorrowedFd::borrow_raw(3) })).flatten()
     })
 }
 
-/// Serves until a signal ends it: SIGTERM, or SIGUSR1 as FastCGI has it (section 2.3, "close all"), or SIGINT. What
+/// Serves until a signal ends it: SIGTERM, SIGINT, SIGHUP, or SIGUSR1 as FastCGI has it (section 2.3, "close all"). What
 /// is being answered then is finished, within [`limits::GRACE`].
 ///
 /// # Errors
@@ -75,6 +77,7 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
     let waiting = connections - (connections / 8).max(1);
     let server = Server {
         argv0: argv0.to_vec(),
+        environment: Variables::environment(),
         hubs: Rc::new(Hubs::new(pool.clone())),
         locks: Rc::default(),
         pool,
@@ -106,6 +109,7 @@ fn files() -> usize {
 
 struct Server {
     argv0: Vec<u8>,
+    environment: Variables<'static>,
     pool: Rc<Pool>,
     hubs: Rc<Hubs>,
     locks: Rc<PublishLocks>,
@@ -135,6 +139,7 @@ impl Server {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut close_all = signal(SignalKind::user_defined1())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
         listener.set_nonblocking(true)?;
         let tcp = listener.domain().is_ok_and(|domain| domain != Domain::UNIX);
         // SAFETY: a socket has the one file descriptor that it owns for as long as it lives.
@@ -143,6 +148,7 @@ impl Server {
             _ = terminate.recv() => {}
             _ = close_all.recv() => {}
             _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
             never = self.accept(&listener, tcp) => match never {},
         }
         // Other processes may go on with the socket; the connections in its queue are not ours.
@@ -205,11 +211,13 @@ impl Server {
     /// One connection. Whatever is wrong with it is nobody else's business.
     async fn converse(self: Rc<Server>, stream: TcpStream, mut admission: Admission) {
         // Most requests have no body, and need not have their settings read for it.
-        let body_limit =
-            |parameters: &Parameters| match (parameters.get("REQUEST_METHOD"), parameters.get("CONTENT_LENGTH")) {
-                (Some(b"GET"), None | Some(b"")) => 0,
-                _ => self.config(parameters).map_or(0, |config| config.max_bytes),
-            };
+        let body_limit = |parameters: &Parameters| {
+            let variables = parameters.variables();
+            match (variables.text("REQUEST_METHOD"), variables.text("CONTENT_LENGTH")) {
+                (b"GET", b"") => 0,
+                _ => self.config(&variables).map_or(0, |config| config.max_bytes),
+            }
+        };
         let mut connection = Connection::new(stream);
         let (mut answering, mut kept) = (None, false);
         let refused = admission.refused;
@@ -262,7 +270,7 @@ impl Server {
     /// Answers one request, up to what is left to be flushed.
     async fn respond(&self, request: Request, refused: bool, connection: &mut Connection) -> io::Result<()> {
         let id = request.id;
-        let head = request.parameters.get("REQUEST_METHOD") == Some(b"HEAD");
+        let head = request.parameters.variables().text("REQUEST_METHOD") == b"HEAD";
         // In boxes: what they need is given back while the connection waits for the next request.
         let mut response = Box::pin(self.answer(request, refused)).await;
         match response.waiting.take() {
@@ -293,22 +301,21 @@ impl Server {
     }
 
     async fn answer(&self, request: Request, refused: bool) -> Response {
-        let parameters = &request.parameters;
-        if parameters.too_many || refused {
+        if request.parameters.too_many || refused {
             return http::refuse(if refused { &Error::Crowded } else { &Error::HeadersTooLarge });
         }
-        let variables = |name: &str| parameters.get(name).map(<[u8]>::to_vec);
-        let config = self.config(parameters);
+        let variables = request.parameters.variables();
+        let config = self.config(&variables);
         let limit = config.as_ref().map_or(0, |config| config.max_bytes);
         let body = request::read_body(&variables, &request.body[..], limit);
-        let publishes = parameters.get("REQUEST_METHOD") == Some(b"POST");
+        let publishes = variables.text("REQUEST_METHOD") == b"POST";
         let published = config.as_ref().ok().filter(|_| publishes).map(|config| place(&config.memcached, &config.bus));
         let _guard = match &published {
             Some(place) => Some(self.locks.acquire(place.clone()).await),
             None => None,
         };
         let open = |config: &Config| Ok(self.pool.open(&place(&config.memcached, &config.bus)));
-        let response = http::answer(&variables, config, body, open).await;
+        let response = http::answer(&variables, Gateway::FastCgi, config, body, open).await;
         if let Some(place) = published.filter(|_| response.is_ok()) {
             self.hubs.published(&place);
         }
@@ -316,9 +323,8 @@ impl Server {
     }
 
     /// The settings of one request: of its parameters, else of the environment that this process was started with.
-    fn config(&self, parameters: &Parameters) -> Result<Config, config::Error> {
-        let variables = |name: &str| parameters.get(name).map(<[u8]>::to_vec).or_else(|| environment(name));
-        Config::read(&variables, &self.argv0, limits::WAIT_MAX)
+    fn config(&self, variables: &Variables) -> Result<Config, config::Error> {
+        Config::read(variables, &self.environment, &self.argv0, limits::WAIT_MAX)
     }
 }
 

@@ -18,6 +18,10 @@ pub enum Error {
         /// Bytes that came.
         read: usize,
     },
+    /// The body is packed, by this encoding.
+    ContentEncoding(String),
+    /// The body is a number, and nothing says where it ends.
+    LengthRequired,
     /// The body is longer than `SHORTBUS_MAX_BYTES`.
     TooLarge {
         /// `SHORTBUS_MAX_BYTES`.
@@ -28,7 +32,16 @@ pub enum Error {
     /// A publish on a signed bus is not by the user it names.
     Signature(signature::Error),
     /// A page of another origin published (RFC 6454), or asked in a preflight whether it may.
-    ForeignOrigin(String),
+    ForeignOrigin {
+        /// The header that told of the page.
+        header: &'static str,
+        /// Its value.
+        origin: String,
+        /// The host that the bus was asked as.
+        host: String,
+    },
+    /// A redirect made a GET of a publish.
+    Redirected,
     /// PATH_INFO names nothing.
     UnknownPath(String),
     /// A method that is not among those allowed here, which are listed.
@@ -87,7 +100,7 @@ impl Error {
                 let right = match *name {
                     "once" => "1 to 64 characters of A-Z a-z 0-9 - _",
                     "wait" => "a whole number of seconds",
-                    "stream" => "0 or 1",
+                    "stream" | "batch" => "0 or 1",
                     _ => "a whole number from 0 to 2^53-1",
                 };
                 format!("The query parameter '{name}' {wrong}; give it one time, as {right}.").into()
@@ -98,6 +111,16 @@ impl Error {
                 "incomplete",
                 format!("The body ended after {read} bytes, before its Content-Length; send it again.").into(),
             ),
+            Error::ContentEncoding(encoding) => (
+                415,
+                "content_encoding",
+                format!("The body is packed (Content-Encoding: {encoding}); send it as it is, without that header.").into(),
+            ),
+            Error::LengthRequired => (
+                411,
+                "length_required",
+                "The request has no Content-Length, so that a number may be a part of one; send the length.".into(),
+            ),
             Error::TooLarge { limit } => (
                 413,
                 "too_large",
@@ -106,9 +129,18 @@ impl Error {
             Error::Message(Message::NotUtf8 { at }) => {
                 (400, "not_utf8", format!("The body is not UTF-8, as JSON has to be (byte {at}).").into())
             }
-            Error::Message(Message::NotJson(why)) => {
-                (400, "not_json", format!("The body has to be one JSON value: {why}. A text needs its quotes.").into())
+            Error::Message(Message::NotJson { why, is_text }) => (400, "not_json", {
+                let quotes = if *is_text { " A text needs its quotes." } else { "" };
+                format!("The body has to be one JSON value: {why}.{quotes}").into()
+            }),
+            Error::Message(Message::ByteOrderMark) => {
+                (400, "not_json", "The body begins with a byte order mark, which JSON has not; send it without.".into())
             }
+            Error::Message(Message::LongNumber) => (
+                400,
+                "number_too_long",
+                format!("A number in the body has more than {} characters.", limits::NUMBER_MAX).into(),
+            ),
             Error::Message(Message::TooDeep) => {
                 (400, "too_deep", format!("The body nests deeper than {} levels.", limits::DEPTH_MAX).into())
             }
@@ -145,10 +177,19 @@ impl Error {
                 "signature_clock_ahead",
                 "The signature's time is too far in the future; check this device's clock.".into(),
             ),
-            Error::ForeignOrigin(_) => (
-                403,
-                "foreign_origin",
-                "Pages of this origin may not use this bus; to allow them, name the origin in SHORTBUS_ALLOW_ORIGIN."
+            Error::ForeignOrigin { origin, host, .. } => (403, "foreign_origin", {
+                let host = if host.is_empty() { "without a Host" } else { host };
+                format!(
+                    "Pages of {origin} may not use this bus, which was asked as {host}. If that is its own page, a proxy \
+                     has to hand Host on as it came, with the port; else name the origin in SHORTBUS_ALLOW_ORIGIN."
+                )
+                .into()
+            }),
+            Error::Redirected => (
+                400,
+                "redirected",
+                "A redirect has made a GET of this publish, and its body is lost: send it to the URL that the redirect \
+                 leads to. Look at http or https, and at the slash behind the bus's name."
                     .into(),
             ),
             Error::UnknownPath(_) => (
@@ -165,9 +206,7 @@ impl Error {
             Error::Crowded => {
                 (503, "crowded", "The bus has all the connections it can serve; try again later.".into())
             }
-            Error::Setting(config::Error { name, allowed, .. }) => {
-                (500, "bad_setting", format!("{name} cannot be used as it is; it has to be {allowed}.").into())
-            }
+            Error::Setting(config::Error { name, wrong, .. }) => (500, "bad_setting", format!("{name} {wrong}").into()),
             Error::Bus(Bus::OnceUndecided) => (
                 409,
                 "once_undecided",
@@ -218,7 +257,7 @@ impl Error {
             Error::Bus(bus::Error::Store(error)) => error.to_string(),
             Error::Bus(bus::Error::OutcomeUnknown(cause)) => cause.clone(),
             Error::Setting(config::Error { value, .. }) => format!("{sentence} (it is '{value}')"),
-            Error::ForeignOrigin(origin) => format!("{sentence} (Origin: {origin})"),
+            Error::ForeignOrigin { header, origin, host } => format!("{sentence} ({header}: {origin}, Host: {host})"),
             Error::UnknownPath(path) => format!("{sentence} (PATH_INFO: {path})"),
             Error::BadMethod(method, _) => format!("{sentence} (REQUEST_METHOD: {method})"),
             _ => sentence.into(),

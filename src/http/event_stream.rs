@@ -3,7 +3,8 @@
 //! A message is an event without a name, its data the object that a poll's array has; its id is the cursor, so that a
 //! browser that reconnects goes on where it was. JSON's white space may hold line ends, which divide an event's data
 //! into lines: a browser joins them with LF, so a CR comes out as LF. In a string they are escaped and stay.
-//! `cursor` says where the stream is, past the user's own messages; `missed` that some were missed.
+//! `cursor` says where the stream is, past the user's own messages; `missed` that some were missed; `unavailable` why there
+//! is no stream at the moment.
 
 use rand::TryRng;
 use rand::rngs::SysRng;
@@ -14,6 +15,13 @@ use crate::limits;
 
 /// What keeps a silent connection from being taken for dead: a comment.
 pub const HEARTBEAT: &[u8] = b":\n\n";
+
+/// Appends a stream's first text: how it begins, what is there, where it is.
+pub fn opening(out: &mut Vec<u8>, opening: &Page) {
+    begin(out);
+    page(out, opening, 0);
+    cursor(out, opening.last_id);
+}
 
 /// Appends how a stream begins: when to come back after it broke, at a random moment, so that not all do at once.
 pub fn begin(out: &mut Vec<u8>) {
@@ -42,6 +50,13 @@ pub fn page(out: &mut Vec<u8>, page: &Page, at: u64) -> u64 {
         out.extend_from_slice(b"\n\n");
     }
     page.messages.last().map_or(at, |last| last.id)
+}
+
+/// Appends why there is no stream at the moment: an error as other requests get it.
+pub fn unavailable(out: &mut Vec<u8>, error: &[u8]) {
+    out.extend_from_slice(b"event: unavailable\ndata: ");
+    out.extend_from_slice(error);
+    out.extend_from_slice(b"\n\n");
 }
 
 /// Appends where the stream is.

@@ -16,9 +16,18 @@ pub enum Error {
         at: usize,
     },
     /// It is not one JSON value.
-    NotJson(String),
+    NotJson {
+        /// Why, as the parser says.
+        why: String,
+        /// It looks like text that has no quotes.
+        is_text: bool,
+    },
+    /// It begins with a byte order mark, which JSON has not (RFC 8259 section 8.1).
+    ByteOrderMark,
     /// It nests deeper than [`limits::DEPTH_MAX`].
     TooDeep,
+    /// A number in it is longer than [`limits::NUMBER_MAX`].
+    LongNumber,
 }
 
 /// Checks a body and returns the value in it, without the white space around it.
@@ -30,12 +39,27 @@ pub enum Error {
 /// Each of [`Error`].
 pub fn check(body: &[u8]) -> Result<&[u8], Error> {
     let text = std::str::from_utf8(body).map_err(|error| Error::NotUtf8 { at: error.valid_up_to() })?;
-    let value: &RawValue = serde_json::from_str(text).map_err(|error| Error::NotJson(error.to_string()))?;
+    if text.starts_with('\u{feff}') {
+        return Err(Error::ByteOrderMark);
+    }
+    let value: &RawValue = serde_json::from_str(text).map_err(|error| Error::NotJson {
+        why: error.to_string(),
+        is_text: text.trim_start().starts_with(char::is_alphabetic),
+    })?;
     let value = value.get().as_bytes();
-    if depth(value) > limits::DEPTH_MAX {
+    let (depth, number) = measure(value);
+    if depth > limits::DEPTH_MAX {
         return Err(Error::TooDeep);
     }
+    if number > limits::NUMBER_MAX {
+        return Err(Error::LongNumber);
+    }
     Ok(value)
+}
+
+/// Whether a checked value is a number: the only one whose beginning may be a value too.
+pub fn is_number(value: &[u8]) -> bool {
+    value.first().is_some_and(|byte| b"-0123456789".contains(byte))
 }
 
 /// The page without what another program wrote into the bus's slots: what is not JSON would spoil the messages around
@@ -69,9 +93,10 @@ pub fn array(page: &Page) -> Vec<u8> {
     out
 }
 
-/// How deep arrays and objects nest in a valid JSON value.
-fn depth(json: &[u8]) -> usize {
+/// How deep arrays and objects nest in a valid JSON value, and how long its longest number is.
+fn measure(json: &[u8]) -> (usize, usize) {
     let (mut depth, mut deepest) = (0_usize, 0);
+    let (mut number, mut longest) = (0, 0);
     let mut bytes = json.iter();
     while let Some(byte) = bytes.next() {
         match byte {
@@ -84,8 +109,10 @@ fn depth(json: &[u8]) -> usize {
             _ => {}
         }
         deepest = deepest.max(depth);
+        number = if b"+-.0123456789Ee".contains(byte) { number + 1 } else { 0 };
+        longest = longest.max(number);
     }
-    deepest
+    (deepest, longest)
 }
 
 #[cfg(test)]
@@ -97,7 +124,7 @@ mod tests {
         for (json, levels) in
             [("0", 0), ("[]", 1), (r#"[{"a":[]},[]]"#, 3), (r#""[[[""#, 0), (r#"["\"[[[",{"[\\":"\\\"{"}]"#, 2)]
         {
-            assert_eq!(depth(json.as_bytes()), levels, "{json}");
+            assert_eq!(measure(json.as_bytes()).0, levels, "{json}");
         }
     }
 

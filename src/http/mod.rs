@@ -34,14 +34,15 @@ use crate::limits;
 use crate::variables::Variables;
 use error::Error;
 use origin::METHODS;
-use request::{PollQuery, Request};
+use request::{Gateway, PollQuery, Request};
 use response::Response;
 use signature::Signed;
 use waiting::Waiting;
 
 /// Serves one request; `open` connects to the bus's store where one is needed.
 pub async fn answer<S: Store>(
-    variables: Variables<'_>,
+    variables: &Variables<'_>,
+    gateway: Gateway,
     config: Result<Config, config::Error>,
     body: Result<Vec<u8>, Error>,
     open: impl FnOnce(&Config) -> Result<S, StoreError>,
@@ -50,9 +51,12 @@ pub async fn answer<S: Store>(
         Ok(config) => config,
         Err(error) => return refuse(&error.into()),
     };
-    let request = Request::read(variables);
+    let request = Request::read(variables, gateway, &config);
     let result = route(&request, &config, body, open).await;
     let mut response = result.unwrap_or_else(|error| Response::error(&config.bus, &error));
+    if response.is_server_error() && request.accepts_events() {
+        response = response.into_events();
+    }
     origin::allow(variables, &config, &mut response);
     response
 }
@@ -68,9 +72,9 @@ async fn route<S: Store>(
     body: Result<Vec<u8>, Error>,
     open: impl FnOnce(&Config) -> Result<S, StoreError>,
 ) -> Result<Response, Error> {
-    match (&request.path[..], &request.method[..]) {
-        (b"", b"GET" | b"HEAD") => match request.poll_query(config)? {
-            None => join(&mut open(config)?, config).await,
+    match (request.path, request.method) {
+        (b"", b"GET" | b"HEAD") => match request.poll_query()? {
+            None => join(&mut open(config)?, request, config).await,
             Some(query) => poll(&mut open(config)?, request, query, config).await,
         },
         (b"", b"POST") => publish(request, config, body, open).await,
@@ -80,11 +84,11 @@ async fn route<S: Store>(
     }
 }
 
-async fn join(store: &mut impl Store, config: &Config) -> Result<Response, Error> {
+async fn join(store: &mut impl Store, request: &Request<'_>, config: &Config) -> Result<Response, Error> {
     let (id, user) = (bus::join(store).await?, random_id());
     let mut json = format!("{{\"user\":{user},\"id\":{id}");
-    if config.wait > 0 {
-        json.push_str(&format!(",\"wait\":{},\"stream\":true", config.wait));
+    if request.wait > 0 {
+        json.push_str(&format!(",\"wait\":{},\"stream\":{}", request.wait, request.streams));
     }
     if let Some(key) = signing_key(store, config, true).await? {
         let (bus, secret) = (name::encode(&config.bus), signature::secret(&key, user));
@@ -100,12 +104,22 @@ async fn poll(
     config: &Config,
 ) -> Result<Response, Error> {
     let PollQuery { after, user, wait, stream } = query;
+    let after = match after {
+        Some(after) => after,
+        None => bus::join(store).await?,
+    };
     let page = message::readable(bus::poll(store, after, user).await?);
-    let waits = stream || wait > 0 && page.is_empty();
-    if !waits || request.method == b"HEAD" {
-        return Ok(Response::page(page));
-    }
-    Ok(Response::waiting(Waiting { config: config.clone(), user, page, stream, seconds: wait }))
+    let is_head = request.method == b"HEAD";
+    Ok(if stream && (is_head || !request.streams) {
+        // The client comes back for what follows.
+        let mut text = Vec::new();
+        event_stream::opening(&mut text, &page);
+        Response::events(Some(text))
+    } else if !is_head && (stream || wait > 0 && page.is_empty()) {
+        Response::waiting(Waiting { config: config.clone(), user, page, stream, seconds: wait })
+    } else {
+        Response::page(page)
+    })
 }
 
 async fn publish<S: Store>(
@@ -118,6 +132,10 @@ async fn publish<S: Store>(
     let user = request.id("user")?.ok_or(Error::BadParameter("user", "is missing"))?;
     let (body, once) = (body?, request.once()?);
     let data = message::check(&body)?;
+    if message::is_number(data) && request.variables.text("CONTENT_LENGTH").is_empty() {
+        // A chunked body that broke off looks complete under Apache's CGI, now and then.
+        return Err(Error::LengthRequired);
+    }
     let signed = match config.auth {
         Auth::Open => None,
         Auth::Signed(_) => Some(signed(request, user, once.as_deref(), &body)?),
@@ -143,20 +161,20 @@ fn preflight(request: &Request, config: &Config) -> Result<Response, Error> {
 
 /// A file of the executable's own.
 fn file(request: &Request) -> Result<Response, Error> {
-    let path = || String::from_utf8_lossy(&request.path).into_owned();
-    let file = browser::find(&request.path).ok_or_else(|| Error::UnknownPath(path()))?;
-    if !matches!(&request.method[..], b"GET" | b"HEAD") {
+    let path = || String::from_utf8_lossy(request.path).into_owned();
+    let file = browser::find(request.path).ok_or_else(|| Error::UnknownPath(path()))?;
+    if !matches!(request.method, b"GET" | b"HEAD") {
         return Err(bad_method(request, "GET, HEAD"));
     }
     let tag = format!("\"{:032x}\"", file.tag);
-    let if_none_match = (request.variables)("HTTP_IF_NONE_MATCH").unwrap_or_default();
+    let if_none_match = String::from_utf8_lossy(request.variables.text("HTTP_IF_NONE_MATCH"));
     // Weak comparison (RFC 9110 section 13.1.2), and a compressing server may have put something behind the tag.
-    let known = String::from_utf8_lossy(&if_none_match).contains(&tag[..tag.len() - 1]);
+    let known = if_none_match.contains(&tag[..tag.len() - 1]);
     Ok(Response::file(file.media_type, &tag, (!known).then_some(file.body)))
 }
 
 fn bad_method(request: &Request, allowed: &'static str) -> Error {
-    Error::BadMethod(String::from_utf8_lossy(&request.method).into_owned(), allowed)
+    Error::BadMethod(String::from_utf8_lossy(request.method).into_owned(), allowed)
 }
 
 /// The proof of a signed publish.

@@ -10,23 +10,36 @@ use crate::config::Config;
 use crate::limits;
 use crate::variables::{Variables, whole_number};
 
+/// How the web server hands a request over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gateway {
+    /// By a process for each request.
+    Cgi,
+    /// By a socket.
+    FastCgi,
+}
+
 /// A request's line.
 pub struct Request<'a> {
     /// All its variables.
-    pub variables: Variables<'a>,
+    pub variables: &'a Variables<'a>,
     /// REQUEST_METHOD.
-    pub method: Vec<u8>,
-    /// PATH_INFO: what stands in the URL behind the bus's name.
-    pub path: Vec<u8>,
+    pub method: &'a [u8],
+    /// What stands in the URL behind the bus's name: PATH_INFO, but for a slash that only the bus can be meant by.
+    pub path: &'a [u8],
     /// QUERY_STRING.
-    pub query: Vec<u8>,
+    query: &'a [u8],
+    /// Longest time a poll may wait here, seconds; 0 where waits cannot be offered.
+    pub wait: u32,
+    /// Whether events get through as they come.
+    pub streams: bool,
 }
 
 /// What a poll asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PollQuery {
-    /// The cursor.
-    pub after: u64,
+    /// The cursor; none for a stream that begins with what comes.
+    pub after: Option<u64>,
     /// The user whose messages are left out.
     pub user: Option<u64>,
     /// Seconds for which it may be kept waiting.
@@ -37,47 +50,77 @@ pub struct PollQuery {
 
 impl<'a> Request<'a> {
     /// Reads the request's line from its variables.
-    pub fn read(variables: Variables<'a>) -> Request<'a> {
-        let variable = |name| variables(name).unwrap_or_default();
-        let [method, path, query] = ["REQUEST_METHOD", "PATH_INFO", "QUERY_STRING"].map(variable);
-        Request { variables, method, path, query }
+    pub fn read(variables: &'a Variables<'a>, gateway: Gateway, config: &Config) -> Request<'a> {
+        let [method, path, query] = ["REQUEST_METHOD", "PATH_INFO", "QUERY_STRING"].map(|name| variables.text(name));
+        let names_bus = || form_urlencoded::parse(query).any(|(name, _)| ["user", "id", "stream"].contains(&&name[..]));
+        let path = match (path, method) {
+            // Servers and people add slashes. The page is what a browser opens; nobody publishes to it.
+            (b"/", b"POST" | b"OPTIONS") => b"",
+            (b"/", b"GET" | b"HEAD") if names_bus() => b"",
+            (path, _) => path,
+        };
+        let software = variables.text("SERVER_SOFTWARE");
+        // Apache's HTTP/2 serves few requests of a connection at a time, and hears only of writes that a client has
+        // left: a handful of streams, or those that were left, stop all else on the connection for many seconds.
+        let stalls = software.starts_with(b"Apache") && variables.text("SERVER_PROTOCOL").starts_with(b"HTTP/2");
+        // fcgiwrap holds a CGI program's output back until its end, unless it is told not to.
+        let held_back =
+            gateway == Gateway::Cgi && software.starts_with(b"nginx") && variables.get("NO_BUFFERING").is_none();
+        let wait = if stalls { 0 } else { config.wait };
+        Request { variables, method, path, query, wait, streams: wait > 0 && !held_back }
     }
 
     /// What a GET asks for; nothing where it is a join.
     ///
     /// # Errors
-    /// [`Error::BadParameter`].
-    pub fn poll_query(&self, config: &Config) -> Result<Option<PollQuery>, Error> {
-        let stream = self.wants_stream(config)?;
+    /// [`Error::BadParameter`], [`Error::Redirected`].
+    pub fn poll_query(&self) -> Result<Option<PollQuery>, Error> {
+        let stream = self.accepts_events() | self.flag("stream")?;
+        let wait = self.id("wait")?.unwrap_or_default();
         let user = self.id("user")?;
-        let after = match self.last_event_id().filter(|_| stream) {
+        let after = match self.last_event_id()?.filter(|_| stream) {
             Some(id) => Some(id),
             None => self.id("id")?,
         };
-        let Some(after) = after else {
-            let joins = user.is_none() && !stream;
-            return if joins { Ok(None) } else { Err(Error::BadParameter("id", "is missing")) };
-        };
-        let wait = if config.wait > 0 { self.id("wait")?.unwrap_or_default() } else { 0 };
-        Ok(Some(PollQuery { after, user, wait: wait.min(config.wait.into()) as u32, stream }))
-    }
-
-    /// Whether a poll asks for an event stream, by its type or, where no header can be set, by a parameter; and may have
-    /// one.
-    fn wants_stream(&self, config: &Config) -> Result<bool, Error> {
-        if config.wait == 0 {
-            return Ok(false);
+        if after.is_some() || stream {
+            return Ok(Some(PollQuery { after, user, wait: wait.min(self.wait.into()) as u32, stream }));
         }
-        let accept = (self.variables)("HTTP_ACCEPT").unwrap_or_default().to_ascii_lowercase();
-        let mut ranges = accept.split(|&byte| byte == b',');
-        let named = ranges.any(|range| range.trim_ascii().starts_with(b"text/event-stream"));
-        Ok(named || self.id("stream")? == Some(1))
+        match (user, self.once()?) {
+            (None, _) => Ok(None),
+            (Some(_), None) => Err(Error::BadParameter("id", "is missing")),
+            // No poll has a 'once'.
+            (Some(_), Some(_)) => Err(Error::Redirected),
+        }
     }
 
-    /// The last event that a browser heard of a stream that it takes up again (WHATWG HTML section 9.2.4).
-    fn last_event_id(&self) -> Option<u64> {
-        let id = (self.variables)("HTTP_LAST_EVENT_ID")?;
-        whole_number(&id).filter(|&id| id <= limits::MAX_ID)
+    /// Whether the client asked for an event stream by its type (RFC 9110 section 12.5.1), as EventSource does.
+    pub fn accepts_events(&self) -> bool {
+        let accept = self.variables.text("HTTP_ACCEPT").to_ascii_lowercase();
+        let accepts = |range: &[u8]| {
+            let mut parts = range.split(|&byte| byte == b';').map(<[u8]>::trim_ascii);
+            let refused = |part: &[u8]| {
+                part.strip_prefix(b"q=").is_some_and(|weight| weight.iter().all(|byte| b"0.".contains(byte)))
+            };
+            parts.next() == Some(b"text/event-stream") && !parts.any(refused)
+        };
+        accept.split(|&byte| byte == b',').any(accepts)
+    }
+
+    /// The last event that a client heard of a stream that it takes up again (WHATWG HTML section 9.2.4): a header of
+    /// browsers, a parameter of stand-ins for their EventSource.
+    fn last_event_id(&self) -> Result<Option<u64>, Error> {
+        let header = self.variables.get("HTTP_LAST_EVENT_ID").map(String::from_utf8_lossy);
+        let id = header.map_or_else(|| self.parameter("lastEventId"), |id| Ok(Some(id)))?;
+        Ok(id.and_then(|id| whole_number(id.as_bytes())).filter(|&id| id <= limits::MAX_ID))
+    }
+
+    /// A query parameter that is 0 or 1; no where it is missing.
+    fn flag(&self, name: &'static str) -> Result<bool, Error> {
+        match self.parameter(name)?.as_deref() {
+            None | Some("0") => Ok(false),
+            Some("1") => Ok(true),
+            Some(_) => Err(Error::BadParameter(name, "has another value")),
+        }
     }
 
     /// A query parameter by the WHATWG's rules (`application/x-www-form-urlencoded`), if it is there.
@@ -85,7 +128,7 @@ impl<'a> Request<'a> {
     /// # Errors
     /// [`Error::BadParameter`] where it is given twice.
     pub fn parameter(&self, name: &'static str) -> Result<Option<Cow<'_, str>>, Error> {
-        let mut values = form_urlencoded::parse(&self.query).filter(|(key, _)| key == name);
+        let mut values = form_urlencoded::parse(self.query).filter(|(key, _)| key == name);
         let first = values.next().map(|(_, value)| value);
         match values.next() {
             Some(_) => Err(Error::BadParameter(name, "is given twice")),
@@ -131,14 +174,19 @@ impl<'a> Request<'a> {
 /// without one, as with chunked requests, the body ends where the input does.
 ///
 /// # Errors
-/// [`Error::BadLength`], [`Error::TooLarge`], [`Error::Incomplete`].
-pub fn read_body(variables: Variables, mut input: impl Read, limit: usize) -> Result<Vec<u8>, Error> {
-    let length = match variables("CONTENT_LENGTH").filter(|text| !text.is_empty()) {
-        Some(text) => Some(whole_number(&text).ok_or(Error::BadLength)?),
-        None if matches!(&variables("REQUEST_METHOD").unwrap_or_default()[..], b"GET" | b"HEAD" | b"OPTIONS") => {
-            Some(0)
-        }
-        None => None,
+/// [`Error::ContentEncoding`], [`Error::BadLength`], [`Error::TooLarge`], [`Error::Incomplete`].
+pub fn read_body(variables: &Variables, mut input: impl Read, limit: usize) -> Result<Vec<u8>, Error> {
+    let bodiless = matches!(variables.text("REQUEST_METHOD"), b"GET" | b"HEAD" | b"OPTIONS");
+    let encoding = variables.text("HTTP_CONTENT_ENCODING");
+    if !bodiless && !encoding.is_empty() && !encoding.eq_ignore_ascii_case(b"identity") {
+        // CONTENT_LENGTH says nothing: a filter of the server may have unpacked the body, and left the header.
+        let _ = std::io::copy(&mut input, &mut std::io::sink());
+        return Err(Error::ContentEncoding(String::from_utf8_lossy(encoding).into_owned()));
+    }
+    let length = match variables.text("CONTENT_LENGTH") {
+        b"" if bodiless => Some(0),
+        b"" => None,
+        text => Some(whole_number(text).ok_or(Error::BadLength)?),
     };
     let mut body = Vec::new();
     let kept = length.unwrap_or(u64::MAX).min(limit as u64 + 1);

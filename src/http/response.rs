@@ -3,8 +3,8 @@
 use std::fmt::Display;
 
 use super::error::Error;
-use super::message;
 use super::waiting::Waiting;
+use super::{event_stream, message};
 use crate::bus::{self, Page};
 use crate::limits;
 
@@ -62,18 +62,32 @@ impl Response {
         response
     }
 
+    /// An event stream, or its head where it is to go on.
+    pub fn events(body: Option<Vec<u8>>) -> Response {
+        // Proxies that compress hold events back until they fill a block (RFC 9111 section 5.2.2.6).
+        let mut response = Response::new(200, "text/event-stream", "no-store, no-transform", body);
+        // Without it nginx holds events back until they fill a buffer.
+        response.header("X-Accel-Buffering", "no");
+        response
+    }
+
     /// A poll that waits, or the head of an event stream.
     pub fn waiting(waiting: Waiting) -> Response {
         let mut response = match waiting.stream {
-            true => Response::new(200, "text/event-stream", "no-store", None),
+            true => Response::events(None),
             false => Response::json(""),
         };
-        if waiting.stream {
-            // Without it nginx holds events back until they fill a buffer.
-            response.header("X-Accel-Buffering", "no");
-        }
         response.waiting = Some(Box::new(waiting));
         response
+    }
+
+    /// The same error for an EventSource, which takes any other status for the end and never comes back: a stream that
+    /// ends at once.
+    pub fn into_events(self) -> Response {
+        let mut text = Vec::new();
+        event_stream::begin(&mut text);
+        event_stream::unavailable(&mut text, self.body.as_deref().unwrap_or_default());
+        Response { log: self.log, ..Response::events(Some(text)) }
     }
 
     /// Fills in a poll's result.
@@ -93,6 +107,7 @@ impl Response {
         response.status = status;
         match error {
             Error::BadMethod(_, allowed) => response.header("Allow", allowed),
+            Error::ContentEncoding(_) => response.header("Accept-Encoding", "identity"),
             Error::Bus(bus::Error::OnceUndecided) => response.header("Retry-After", limits::RETRY_AFTER),
             _ if status == 503 => response.header("Retry-After", limits::RETRY_AFTER),
             _ => {}
@@ -110,6 +125,11 @@ impl Response {
     /// Whether it reports success.
     pub fn is_ok(&self) -> bool {
         self.status == 200
+    }
+
+    /// Whether it may be another if it is asked for again: the server is at fault (RFC 9110 section 15.6).
+    pub fn is_server_error(&self) -> bool {
+        self.status >= 500
     }
 
     /// Whether it answers a preflight.
@@ -153,7 +173,9 @@ fn reason(status: u16) -> &'static str {
         404 => "Not Found",
         405 => "Method Not Allowed",
         409 => "Conflict",
+        411 => "Length Required",
         413 => "Content Too Large",
+        415 => "Unsupported Media Type",
         431 => "Request Header Fields Too Large",
         500 => "Internal Server Error",
         _ => "Service Unavailable",

@@ -71,9 +71,7 @@ pub async fn serve(mut response: Response, waiting: Box<Waiting>, nph: bool, fro
     if waiting.stream {
         let mut text = response.to_cgi(false, nph);
         let after = waiting.page.last_id;
-        event_stream::begin(&mut text);
-        event_stream::page(&mut text, &waiting.page, 0);
-        event_stream::cursor(&mut text, after);
+        event_stream::opening(&mut text, &waiting.page);
         drop((response, waiting));
         return stream(text, after, front).await;
     }
