@@ -162,6 +162,10 @@ pub const HEARTBEAT: Duration = Duration::from_secs(15);
 /// After its event stream broke, a browser comes back after one to two times this, milliseconds.
 pub const RETRY_MILLIS: u32 = 1_000;
 
+/// An event stream ends after one to two times this, and its client comes back at once. A web server that is told to
+/// reload waits for its old connections: streams that never ended would keep Apache's slots until none is left.
+pub const STREAM_LIFE: Duration = Duration::from_secs(300);
+
 /// How long the reader of an event stream may take to read what the process wrote at a time. Then the process closes
 /// the stream. The reader comes back with its cursor, and the process keeps nothing for it meanwhile.
 pub const STREAM_STALL: Duration = Duration::from_secs(10);

@@ -5,7 +5,7 @@
 //! *Clean* schedules keep to what the promise assumes; *dirty* ones evict, restart, lose the counter and refuse
 //! memory, and the bus has to work again afterwards. Each rule of the protocol is also broken, to see it caught.
 //!
-//! `SHORTBUS_SEED=<n> cargo test simulation::<test> -- --nocapture` runs one schedule and prints its trace.
+//! `TEST_SEED=<n> cargo test simulation::<test> -- --nocapture` runs one schedule and prints its trace.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -1118,10 +1118,10 @@ fn simulate(world: World) -> (Vec<(&'static str, String)>, BTreeMap<&'static str
     (std::mem::take(&mut world.violations), std::mem::take(&mut world.counts))
 }
 
-/// Runs the correct protocol through the schedules of `seeds`, or of SHORTBUS_SEED alone. Each of `events` has to
+/// Runs the correct protocol through the schedules of `seeds`, or of TEST_SEED alone. Each of `events` has to
 /// come about.
 fn simulate_all(test: &str, seeds: Range<u64>, clean: bool, events: &[&str]) {
-    if let Some(seed) = std::env::var("SHORTBUS_SEED").ok().map(|seed| seed.parse().expect("SHORTBUS_SEED: a number")) {
+    if let Some(seed) = std::env::var("TEST_SEED").ok().map(|seed| seed.parse().expect("TEST_SEED: a number")) {
         let (violations, _) = simulate(World { trace: true, ..World::new(seed, Protocol::Correct, clean) });
         assert_eq!(violations, [], "seed {seed}");
         return;
@@ -1131,7 +1131,7 @@ fn simulate_all(test: &str, seeds: Range<u64>, clean: bool, events: &[&str]) {
     let run = |thread| {
         for seed in seeds.clone().skip(thread).step_by(threads) {
             let (violations, counts) = simulate(World::new(seed, Protocol::Correct, clean));
-            let again = format!("SHORTBUS_SEED={seed} cargo test simulation::{test} -- --nocapture");
+            let again = format!("TEST_SEED={seed} cargo test simulation::{test} -- --nocapture");
             assert_eq!(violations, [], "to see the schedule: {again}");
             let mut total = total.lock().expect("no schedule failed");
             counts.into_iter().for_each(|(event, n)| *total.entry(event).or_default() += n);

@@ -1,7 +1,7 @@
 //! Long ordinary use: many readers that never reconnect and some who publish, through two FastCGI processes on one bus
 //! and now and then CGI. What leaks, or is lost once in a hundred thousand messages, shows in no shorter test.
 //!
-//! `SHORTBUS_SOAK=<seconds> cargo test soak -- --ignored --nocapture`; an hour where that is not set.
+//! `TEST_SOAK=<seconds> cargo test soak -- --ignored --nocapture`; an hour where that is not set.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -370,7 +370,7 @@ fn check_usage(samples: &[Sample], duration: Duration) {
 #[test]
 #[ignore = "takes an hour"]
 fn for_a_while() {
-    let seconds = std::env::var("SHORTBUS_SOAK").map_or(3600, |text| text.parse().expect("SHORTBUS_SOAK: seconds"));
+    let seconds = std::env::var("TEST_SOAK").map_or(3600, |text| text.parse().expect("TEST_SOAK: seconds"));
     let duration = Duration::from_secs(seconds);
     let mut bus = Bus::start();
     let mut another = bus.another();

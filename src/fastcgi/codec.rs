@@ -5,7 +5,7 @@
 //! The specification: <https://fastcgi-archives.github.io/FastCGI_Specification.html>.
 
 use crate::limits;
-use crate::variables::Variables;
+use crate::variables::{Variables, whole_number};
 
 const VERSION: u8 = 1;
 const HEADER: usize = 8;
@@ -145,6 +145,9 @@ pub struct Parser {
     request: Request,
     /// Bytes of the body that are kept.
     body_max: usize,
+    /// Bytes of the body that have come, and those that CONTENT_LENGTH tells of.
+    body_read: u64,
+    body_length: Option<u64>,
     aborted: bool,
     closing: bool,
 }
@@ -247,6 +250,7 @@ impl Parser {
             (STDIN, _) if self.is_current() && self.phase == Phase::Body => {
                 let room = self.body_max - self.request.body.len();
                 self.request.body.extend_from_slice(&content[..content.len().min(room)]);
+                self.body_read += content.len() as u64;
             }
             _ => {}
         }
@@ -264,9 +268,17 @@ impl Parser {
                 let parameters = &self.request.parameters;
                 Pairs(&parameters.pairs).try_for_each(|pair| pair.map(drop))?;
                 self.body_max = body_limit(parameters).saturating_add(1);
+                self.body_length = whole_number(parameters.variables().text("CONTENT_LENGTH"));
+                self.body_read = 0;
                 self.phase = Phase::Body;
             }
+            // mod_fcgid ends the body before it begins where HTTP/2 told no length (it has spooled it by then).
+            (STDIN, _) if empty && self.phase == Phase::Body && self.body_read == 0 && self.body_length > Some(0) => {}
             (STDIN, _) if empty => self.phase = Phase::Complete,
+            // Some gateways leave the end out.
+            (STDIN, _) if self.phase == Phase::Body && self.body_length == Some(self.body_read) => {
+                self.phase = Phase::Complete;
+            }
             (ABORT_REQUEST, _) if self.phase == Phase::Complete => self.aborted = true,
             (ABORT_REQUEST, id) => {
                 end_request(out, id, REQUEST_COMPLETE);

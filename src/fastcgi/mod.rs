@@ -19,6 +19,7 @@ use std::net::TcpStream as StdTcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use socket2::{Domain, SockRef, Socket};
 use tokio::io::unix::AsyncFd;
@@ -39,6 +40,7 @@ use crate::http::waiting::Waiting;
 use crate::limits;
 use crate::stores::memcached::codec::place;
 use crate::stores::memcached::pipelined::Pool;
+use crate::stores::random_pause;
 use crate::variables::Variables;
 use codec::{Parameters, Request};
 use connection::Connection;
@@ -296,7 +298,8 @@ impl Server {
         let ending = if permit.is_ok() { &self.stopping } else { &at_once };
         let place = place(&waiting.config.memcached, &waiting.config.bus);
         let subscriber = self.hubs.subscribe(place, waiting.page.last_id, waiting.user);
-        let mut waiter = Waiter { id, connection, subscriber, ending };
+        let ends = Instant::now() + 2 * random_pause(limits::STREAM_LIFE);
+        let mut waiter = Waiter { id, connection, subscriber, ending, ends };
         http::waiting::serve(response, waiting, false, &mut waiter).await
     }
 

@@ -20,6 +20,8 @@ pub struct Waiter<'a> {
     pub subscriber: Subscriber,
     /// Whether waits have to end.
     pub ending: &'a Cell<bool>,
+    /// When this one has to.
+    pub ends: Instant,
 }
 
 impl Front for Waiter<'_> {
@@ -35,13 +37,13 @@ impl Front for Waiter<'_> {
             if self.connection.parser.is_aborted() {
                 return Ok(Next::Gone);
             }
-            if self.ending.get() {
+            if self.ending.get() || Instant::now() >= self.ends {
                 return Ok(Next::Ending);
             }
             if Instant::now() >= until {
                 return Ok(Next::Time);
             }
-            self.connection.idle(self.subscriber.changed(), look_again).await?;
+            self.connection.idle(self.subscriber.changed(), look_again.min(self.ends)).await?;
         }
     }
 

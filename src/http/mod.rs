@@ -132,7 +132,7 @@ async fn publish<S: Store>(
     let user = request.id("user")?.ok_or(Error::BadParameter("user", "is missing"))?;
     let (body, once) = (body?, request.once()?);
     let data = message::check(&body)?;
-    if message::is_number(data) && request.variables.text("CONTENT_LENGTH").is_empty() {
+    if message::is_number(data) && !request.has_length() {
         // A chunked body that broke off looks complete under Apache's CGI, now and then.
         return Err(Error::LengthRequired);
     }

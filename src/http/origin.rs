@@ -62,7 +62,11 @@ fn is_host(variables: &Variables, origin: &[u8]) -> bool {
         (_, Some(authority)) => (without_default_port(authority), true),
         _ => return false,
     };
-    let host = variables.text("HTTP_HOST");
+    let host = match variables.text("HTTP_HOST") {
+        // HTTP/3 has no Host header, and nginx 1.25 makes none of what it has in its place.
+        b"" => variables.text("SERVER_NAME"),
+        host => host,
+    };
     let with_port = || [host, b":", variables.text("SERVER_PORT")].concat();
     !host.is_empty()
         && is_secure(variables).is_none_or(|is_secure| is_secure == secure)

@@ -106,6 +106,11 @@ impl<'a> Request<'a> {
         accept.split(|&byte| byte == b',').any(accepts)
     }
 
+    /// Whether CONTENT_LENGTH says where the body ends.
+    pub fn has_length(&self) -> bool {
+        whole_number(self.variables.text("CONTENT_LENGTH")).is_some()
+    }
+
     /// The last event that a client heard of a stream that it takes up again (WHATWG HTML section 9.2.4): a header of
     /// browsers, a parameter of stand-ins for their EventSource.
     fn last_event_id(&self) -> Result<Option<u64>, Error> {
@@ -185,7 +190,8 @@ pub fn read_body(variables: &Variables, mut input: impl Read, limit: usize) -> R
     }
     let length = match variables.text("CONTENT_LENGTH") {
         b"" if bodiless => Some(0),
-        b"" => None,
+        // Caddy's word for a length that it does not know.
+        b"" | b"-1" => None,
         text => Some(whole_number(text).ok_or(Error::BadLength)?),
     };
     let mut body = Vec::new();

@@ -11,7 +11,7 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 
 /// A random time between half of `longest` and `longest`.
-fn random_pause(longest: Duration) -> Duration {
+pub fn random_pause(longest: Duration) -> Duration {
     let random = SysRng.try_next_u32().unwrap_or_default();
     longest / 2 + longest.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
 }

@@ -77,7 +77,7 @@ class Site {
   socket = join(this.folder, "memcached");
 
   constructor(settings) {
-    atEnd(() => process.env.SHORTBUS_KEEP || rmSync(this.folder, { recursive: true, force: true, maxRetries: 5 }));
+    atEnd(() => process.env.TEST_KEEP || rmSync(this.folder, { recursive: true, force: true, maxRetries: 5 }));
     chmodSync(this.folder, 0o755);
     for (const name of ["cgi-bin", "pages", "pages/strict"]) mkdirSync(join(this.folder, name));
     this.settings = settings;

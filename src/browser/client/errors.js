@@ -13,7 +13,7 @@ class BusError extends Error {
 /** Whether the same message may still be delivered after this. */
 function isTransient({ code, status }) {
   if (["bad_setting", "insecure_context"].includes(code)) return false;
-  // The very reply that complained has set the clock.
-  if (["once_undecided", "signature_too_old", "signature_clock_ahead"].includes(code)) return true;
+  // The very reply that complained has set the clock; or it asks for the same again.
+  if (["once_undecided", "signature_too_old", "signature_clock_ahead", "incomplete"].includes(code)) return true;
   return !(status >= 400 && status < 500) || [408, 425, 429].includes(status);
 }
