@@ -22,6 +22,7 @@ on_main_fronts! {
     a_publish_whose_end_is_unknown_is_told_or_made_by_its_repeat
     a_full_memcached_makes_no_message_of_a_repeat_that_it_did_not_store
     a_signed_bus_whose_memcached_is_away_says_so
+    a_full_memcached_refuses_who_publishes_and_answers_all_others
 }
 
 /// Something at a unix socket that is not a memcached: serves each connection with `behave`.
@@ -322,5 +323,21 @@ fn a_signed_bus_whose_memcached_is_away_says_so(front: Front) {
             assert_eq!(reply.outcome(), (503, "memcached_unreachable".into()), "{bus}: {reply:?}");
         }
         assert_eq!(site.post(&format!("{bus}?user=1"), "1").outcome(), (403, "signature_missing".into()));
+    }
+}
+
+fn a_full_memcached_refuses_who_publishes_and_answers_all_others(front: Front) {
+    let site = Site::on(front, Memcached::start(&["-M", "-m", "2"]), &[("chat", &[("SHORTBUS_MAX_BYTES", "100000")])]);
+    let (_, start) = site.join("chat");
+    let body = format!("\"{}\"", "x".repeat(90_000));
+    let full = (503, "memcached_full".into());
+    common::wait_for("a full memcached", || site.post("chat?user=1", &body).outcome() == full);
+    // In FastCGI they share a connection, and what is refused to one of them is no answer to another.
+    let replies = site.at_once(16, |n| match n % 2 {
+        0 => site.post("chat?user=1", &body),
+        _ => site.get(&format!("chat?user=1&id={start}")),
+    });
+    for (n, reply) in replies.iter().enumerate() {
+        assert_eq!(reply.outcome(), if n % 2 == 0 { full.clone() } else { (200, String::new()) }, "{reply:?}");
     }
 }

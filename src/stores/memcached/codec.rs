@@ -43,7 +43,7 @@ pub fn parts(response: MetaResponse) -> Parts {
     (response.rc(), numeric_flag(&response), response.into_value())
 }
 
-/// Splits one response off the front, where it is complete.
+/// Splits one response off the front, where it is complete; also one that is an error.
 pub fn split_response(input: &mut &[u8]) -> Result<Option<Parts>, Error> {
     let Some(end) = input.iter().position(|&byte| byte == b'\n') else {
         return match input.len() {
@@ -51,9 +51,9 @@ pub fn split_response(input: &mut &[u8]) -> Result<Option<Parts>, Error> {
             _ => Err(Error::Protocol("a line without an end".into())),
         };
     };
-    let line = input[..end].strip_suffix(b"\r").unwrap_or(&input[..end]);
-    let header = MetaResponse::parse_header(line)?;
-    let mut rest = &input[end + 1..];
+    let (line, mut rest) = (&input[..end], &input[end + 1..]);
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let header = MetaResponse::parse_header(line).inspect_err(|_| *input = rest)?;
     let mut value = None;
     if header.rc() == ReturnCode::Va {
         // Checked just now, but not told.
@@ -156,6 +156,15 @@ pub fn key_prefix(bus: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_is_the_response_to_one_operation() {
+        let mut input = &b"SERVER_ERROR out of memory storing object\r\nHD\r\nEN\r\n"[..];
+        assert!(matches!(split_response(&mut input), Err(Error::Server(_))));
+        assert!(matches!(split_response(&mut input), Ok(Some((ReturnCode::Hd, None, None)))));
+        assert!(matches!(split_response(&mut input), Ok(Some((ReturnCode::En, None, None)))));
+        assert!(matches!(split_response(&mut input), Ok(None)));
+    }
 
     #[test]
     fn every_name_has_keys_of_its_own_within_memcached_s_250_bytes() {
