@@ -38,9 +38,40 @@ pub fn command(prefix: &str, op: &Op) -> MetaCommand {
 /// A response: return code, CAS token, value.
 pub type Parts = (ReturnCode, Option<u64>, Option<Vec<u8>>);
 
-/// The parts of a response that the crate has read.
-pub fn parts(response: MetaResponse) -> Parts {
-    (response.rc(), numeric_flag(&response), response.into_value())
+/// The responses to one batch, as they come.
+pub struct Responses {
+    /// How many are still to come.
+    missing: usize,
+    result: Result<Vec<Parts>, StoreError>,
+}
+
+impl Responses {
+    /// Of a batch of so many operations.
+    pub fn new(operations: usize) -> Responses {
+        Responses { missing: operations, result: Ok(Vec::with_capacity(operations)) }
+    }
+
+    /// Whether all have come.
+    pub fn are_complete(&self) -> bool {
+        self.missing == 0
+    }
+
+    /// Takes the next one. An error here is the connection's: nobody knows what is whose after it.
+    pub fn push(&mut self, response: Result<Parts, StoreError>) -> Result<(), StoreError> {
+        match response {
+            Ok(parts) => drop(self.result.as_mut().map(|all| all.push(parts))),
+            // memcached refused one operation and goes on with the next.
+            Err(error @ StoreError::Full(_)) => self.result = Err(error),
+            Err(error) => return Err(error),
+        }
+        self.missing -= 1;
+        Ok(())
+    }
+
+    /// All of them, or why an operation was refused.
+    pub fn into_result(self) -> Result<Vec<Parts>, StoreError> {
+        self.result
+    }
 }
 
 /// Splits one response off the front, where it is complete; also one that is an error.

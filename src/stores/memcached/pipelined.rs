@@ -26,7 +26,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
-use super::codec::{Parts, command, key_prefix, reply, split_response, store_error, unexpected};
+use super::codec::{Parts, Responses, command, key_prefix, reply, split_response, store_error, unexpected};
 use super::connect::connect;
 use crate::bus::name::Place;
 use crate::bus::store::{Op, Reply, Store, StoreError};
@@ -136,9 +136,7 @@ struct Waiting {
     sender: Option<oneshot::Sender<Result<Vec<Parts>>>>,
     /// When it has waited too long.
     deadline: Instant,
-    /// Replies still to come.
-    missing: usize,
-    result: Result<Vec<Parts>>,
+    responses: Responses,
 }
 
 impl Pipeline {
@@ -181,8 +179,8 @@ impl Pipeline {
             }
         }
         let (sender, receiver) = oneshot::channel();
-        let result = Ok(Vec::with_capacity(batch.len()));
-        state.waiting.push_back(Waiting { sender: Some(sender), deadline, missing: batch.len(), result });
+        let responses = Responses::new(batch.len());
+        state.waiting.push_back(Waiting { sender: Some(sender), deadline, responses });
         // Seldom: one alarm does for all that comes before it rings. A timer for each would cost as much as a read.
         state.reset_alarm |= state.alarm.is_none_or(|alarm| deadline < alarm);
         self.wake.notify_one();
@@ -268,17 +266,11 @@ impl State {
             let Some(waiting) = self.waiting.front_mut() else {
                 return Err(unexpected(server));
             };
-            match response.map_err(|error| store_error(server, error)) {
-                Ok(parts) => drop(waiting.result.as_mut().map(|all| all.push(parts))),
-                // It refused one operation and goes on with the next; after other errors nobody knows what is whose.
-                Err(error @ StoreError::Full(_)) => waiting.result = Err(error),
-                Err(error) => return Err(error),
-            }
-            waiting.missing -= 1;
-            if waiting.missing == 0
+            waiting.responses.push(response.map_err(|error| store_error(server, error)))?;
+            if waiting.responses.are_complete()
                 && let Some(waiting) = self.waiting.pop_front()
             {
-                let _ = waiting.sender.map(|sender| sender.send(waiting.result));
+                let _ = waiting.sender.map(|sender| sender.send(waiting.responses.into_result()));
             }
         }
         let taken = input.len() - rest.len();
