@@ -22,6 +22,7 @@ on_main_fronts! {
     a_publish_whose_end_is_unknown_is_told_or_made_by_its_repeat
     a_full_memcached_makes_no_message_of_a_repeat_that_it_did_not_store
     a_signed_bus_whose_memcached_is_away_says_so
+    a_memcached_without_cas_is_refused
     a_full_memcached_refuses_who_publishes_and_answers_all_others
 }
 
@@ -324,6 +325,22 @@ fn a_signed_bus_whose_memcached_is_away_says_so(front: Front) {
         }
         assert_eq!(site.post(&format!("{bus}?user=1"), "1").outcome(), (403, "signature_missing".into()));
     }
+}
+
+fn a_memcached_without_cas_is_refused(front: Front) {
+    let site = Site::on(front, Memcached::start(&["-C"]), &[]);
+    site.copy("chat");
+    assert_away(&site, "chat", "memcached_no_cas");
+    let last =
+        || site.memcached.ask("mg shortbus:chat:last v\r\n").split("\r\n").nth(1).unwrap().parse::<u64>().unwrap();
+    let before = last();
+    // Each of them would take the same id, and all but one message would be lost.
+    for reply in site.at_once(16, |n| site.post(&format!("chat?user={n}"), "1")) {
+        assert_eq!(reply.outcome(), (503, "memcached_no_cas".into()));
+        assert!(reply.json()["message"].as_str().unwrap().contains("-C"), "{reply:?}");
+    }
+    assert_eq!(last(), before);
+    assert_eq!(site.memcached.ask(format!("mg shortbus:chat:{}\r\n", before + 1)), "EN\r\n");
 }
 
 fn a_full_memcached_refuses_who_publishes_and_answers_all_others(front: Front) {

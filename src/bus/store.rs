@@ -86,6 +86,8 @@ pub enum StoreError {
     Late(String),
     /// It does not know the meta commands of 1.6.10.
     TooOld(String),
+    /// It gives no CAS tokens.
+    NoCas(String),
     /// It would not store the value: out of memory, or an item limit below the default.
     Full(String),
     /// It closed the connection in the middle, or answered something else than memcached would.
@@ -100,6 +102,10 @@ impl fmt::Display for StoreError {
             StoreError::Timeout(cause) => write!(f, "memcached does not answer in time: {cause}"),
             StoreError::Late(cause) => write!(f, "no time left to ask memcached: {cause}"),
             StoreError::TooOld(cause) => write!(f, "memcached is older than 1.6.10, no meta commands: {cause}"),
+            StoreError::NoCas(server) => write!(
+                f,
+                "memcached has no CAS, and publishers would overwrite each other's messages; start it without -C: {server}"
+            ),
             StoreError::Full(cause) => write!(f, "memcached will not store the message: {cause}"),
             StoreError::Broken(cause) => write!(f, "memcached does not answer as memcached: {cause}"),
         }

@@ -241,6 +241,11 @@ impl Error {
                 StoreError::TooOld(_) => {
                     (503, "memcached_too_old", "The bus needs memcached 1.6.10 or later.".into())
                 }
+                StoreError::NoCas(_) => (
+                    503,
+                    "memcached_no_cas",
+                    "The bus needs a memcached with CAS; start it without -C.".into(),
+                ),
                 StoreError::Full(_) => (
                     503,
                     "memcached_full",

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use memcache::exp::Error;
 
-use super::codec::{Parts, Responses, command, key_prefix, reply, server_for, split_response, store_error, unexpected};
+use super::codec::{
+    Parts, Responses, command, key_prefix, replies, server_for, split_response, store_error, unexpected,
+};
 use super::connect::{connect, left};
 use crate::bus::store::{Op, Reply, Store, StoreError};
 use crate::limits;
@@ -136,8 +138,8 @@ impl Store for Memcached {
         if left(self.started).is_zero() {
             return Err(StoreError::Late(self.server.clone()));
         }
-        let replies = batch.iter().zip(self.exchange(batch)?).map(|(op, parts)| reply(op, parts));
-        replies.collect::<Option<_>>().ok_or_else(|| unexpected(&self.server))
+        let responses = self.exchange(batch)?;
+        replies(&self.server, batch, responses)
     }
 
     async fn pause(&mut self, longest: Duration) {

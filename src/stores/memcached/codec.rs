@@ -132,8 +132,18 @@ fn numeric_flag(response: &MetaResponse) -> Option<u64> {
     response.flags().find_map(number)
 }
 
+/// The replies to a batch, from its responses.
+pub fn replies(server: &str, batch: &[Op<'_>], responses: Vec<Parts>) -> Result<Vec<Reply>, StoreError> {
+    let checked = |(op, parts)| match reply(op, parts) {
+        // memcached counts from 1. To compare with 0 is no comparison: each of many publishers would win the same id.
+        Some(Reply::Counter(Counter { cas: 0, .. })) => Err(StoreError::NoCas(server.into())),
+        reply => reply.ok_or_else(|| unexpected(server)),
+    };
+    batch.iter().zip(responses).map(checked).collect()
+}
+
 /// The reply to `op`, from a response's return code, number and value; none where it makes no sense for it.
-pub fn reply(op: &Op, (rc, number, value): Parts) -> Option<Reply> {
+fn reply(op: &Op, (rc, number, value): Parts) -> Option<Reply> {
     match (op, rc) {
         (Op::Last, ReturnCode::Va) => {
             let value = whole_number(&value?).filter(|&value| value < limits::MAX_ID)?;

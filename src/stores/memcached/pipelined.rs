@@ -26,7 +26,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
-use super::codec::{Parts, Responses, command, key_prefix, reply, split_response, store_error, unexpected};
+use super::codec::{Parts, Responses, command, key_prefix, replies, split_response, store_error, unexpected};
 use super::connect::connect;
 use crate::bus::name::Place;
 use crate::bus::store::{Op, Reply, Store, StoreError};
@@ -328,12 +328,10 @@ impl Drop for Pipelined {
 
 impl Store for Pipelined {
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>> {
-        let parts = self.exchange(batch).await?;
-        let replies = batch.iter().zip(parts).map(|(op, parts)| reply(op, parts));
-        replies.collect::<Option<_>>().ok_or_else(|| {
-            self.pipeline.iter().for_each(|pipeline| pipeline.retire());
-            unexpected(&self.server)
-        })
+        let responses = self.exchange(batch).await?;
+        // What is there may be no memcached: nobody else is to rely on the connection.
+        replies(&self.server, batch, responses)
+            .inspect_err(|_| self.pipeline.iter().for_each(|pipeline| pipeline.retire()))
     }
 
     /// Most polls find nothing new, and another round trip on an open connection is cheap.
