@@ -24,6 +24,8 @@ on_main_fronts! {
     a_signed_bus_whose_memcached_is_away_says_so
     a_memcached_without_cas_is_refused
     a_full_memcached_refuses_who_publishes_and_answers_all_others
+    a_memcached_with_all_its_connections_says_so_and_is_a_bus_again_when_some_close
+    a_memcached_that_wants_a_password_says_so
 }
 
 /// Something at a unix socket that is not a memcached: serves each connection with `behave`.
@@ -357,4 +359,40 @@ fn a_full_memcached_refuses_who_publishes_and_answers_all_others(front: Front) {
     for (n, reply) in replies.iter().enumerate() {
         assert_eq!(reply.outcome(), if n % 2 == 0 { full.clone() } else { (200, String::new()) }, "{reply:?}");
     }
+}
+
+fn a_memcached_with_all_its_connections_says_so_and_is_a_bus_again_when_some_close(front: Front) {
+    let site = Site::on(front, Memcached::start(&["-c", "40", "-t", "1"]), &[]);
+    site.copy("chat");
+    // It counts a connection or two of its own.
+    let mut held = Vec::new();
+    loop {
+        let mut stream = BufReader::new(UnixStream::connect(&site.memcached.address).unwrap());
+        let _ = stream.get_mut().write_all(b"mn\r\n");
+        let mut line = String::new();
+        let _ = stream.read_line(&mut line);
+        if line.starts_with("ERROR") {
+            break;
+        }
+        held.push(stream);
+    }
+    // Time and again: what it says comes before or after it was asked.
+    for _ in 0..5 {
+        assert_away(&site, "chat", "memcached_crowded");
+    }
+    assert!(site.get("chat").json()["message"].as_str().unwrap().contains("-c"));
+    drop(held);
+    common::wait_for("a free connection", || site.get("chat").status == 200);
+    site.publish("chat", 1, "1");
+}
+
+fn a_memcached_that_wants_a_password_says_so(front: Front) {
+    let folder = Folder::new();
+    std::fs::write(folder.join("users"), "user:password\n").unwrap();
+    let site = Site::on(front, Memcached::start(&["-Y", folder.join("users").to_str().unwrap()]), &[]);
+    site.copy("chat");
+    assert_away(&site, "chat", "memcached_password");
+    assert!(site.get("chat").json()["message"].as_str().unwrap().contains("-Y"));
+    let large = format!("\"{}\"", "x".repeat(10_000));
+    assert_eq!(site.post("chat?user=1", large).outcome(), (503, "memcached_password".into()));
 }

@@ -86,6 +86,10 @@ pub enum StoreError {
     Late(String),
     /// It does not know the meta commands of 1.6.10.
     TooOld(String),
+    /// It has all the connections that it may have.
+    Crowded(String),
+    /// It wants a password.
+    Password(String),
     /// It gives no CAS tokens.
     NoCas(String),
     /// It would not store the value: out of memory, or an item limit below the default.
@@ -102,6 +106,12 @@ impl fmt::Display for StoreError {
             StoreError::Timeout(cause) => write!(f, "memcached does not answer in time: {cause}"),
             StoreError::Late(cause) => write!(f, "no time left to ask memcached: {cause}"),
             StoreError::TooOld(cause) => write!(f, "memcached is older than 1.6.10, no meta commands: {cause}"),
+            StoreError::Crowded(cause) => {
+                write!(f, "memcached has all the connections it may have; give it more with -c: {cause}")
+            }
+            StoreError::Password(cause) => {
+                write!(f, "memcached wants a password, and the bus gives none; start it without -Y: {cause}")
+            }
             StoreError::NoCas(server) => write!(
                 f,
                 "memcached has no CAS, and publishers would overwrite each other's messages; start it without -C: {server}"

@@ -241,6 +241,16 @@ impl Error {
                 StoreError::TooOld(_) => {
                     (503, "memcached_too_old", "The bus needs memcached 1.6.10 or later.".into())
                 }
+                StoreError::Crowded(_) => (
+                    503,
+                    "memcached_crowded",
+                    "memcached has all the connections it may have; try again later, or give it more with -c.".into(),
+                ),
+                StoreError::Password(_) => (
+                    503,
+                    "memcached_password",
+                    "memcached wants a password, and the bus gives none; start it without -Y.".into(),
+                ),
                 StoreError::NoCas(_) => (
                     503,
                     "memcached_no_cas",

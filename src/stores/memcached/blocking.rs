@@ -51,16 +51,26 @@ impl Memcached {
     /// # Errors
     /// As [`Store::run`].
     pub fn version(&self) -> Result<String, StoreError> {
-        let ask = || -> io::Result<String> {
+        let ask = || -> io::Result<Vec<u8>> {
             let mut socket = connect(&self.server, Instant::now())?;
             socket.set_read_timeout(Some(limits::STORE_DEADLINE))?;
-            socket.write_all(b"version\r\n")?;
-            let mut line = String::new();
-            BufReader::new(socket.take(100)).read_line(&mut line)?;
-            let version = line.trim_end().strip_prefix("VERSION ").map(String::from);
-            version.ok_or_else(|| io::Error::other(format!("it calls its version {line:?}")))
+            // A memcached that closed may have said why.
+            let sent = socket.write_all(b"version\r\n");
+            let mut line = Vec::new();
+            match BufReader::new(socket.take(100)).read_until(b'\n', &mut line)? {
+                0 => Err(sent.err().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into())),
+                _ => Ok(line),
+            }
         };
-        ask().map_err(|error| store_error(&self.server, Error::Io(error)))
+        let line = ask().map_err(|error| store_error(&self.server, Error::Io(error)))?;
+        match line.strip_prefix(b"VERSION ") {
+            Some(version) => Ok(String::from_utf8_lossy(version.trim_ascii()).into()),
+            // What answers so to this, answers so to all.
+            None => match split_response(&mut &line[..]) {
+                Err(error) => Err(store_error(&self.server, error)),
+                Ok(_) => Err(unexpected(&self.server)),
+            },
+        }
     }
 
     /// Sends a batch and waits for its responses.

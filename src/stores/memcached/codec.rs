@@ -84,7 +84,14 @@ pub fn split_response(input: &mut &[u8]) -> Result<Option<Parts>, Error> {
     };
     let (line, mut rest) = (&input[..end], &input[end + 1..]);
     let line = line.strip_suffix(b"\r").unwrap_or(line);
-    let header = MetaResponse::parse_header(line).inspect_err(|_| *input = rest)?;
+    let header = MetaResponse::parse_header(line).map_err(|error| {
+        *input = rest;
+        match error {
+            // Of a line that begins with ERROR the crate keeps no more than that.
+            Error::Rejected(_) => Error::Rejected(String::from_utf8_lossy(line).into()),
+            error => error,
+        }
+    })?;
     let mut value = None;
     if header.rc() == ReturnCode::Va {
         // Checked just now, but not told.
@@ -118,6 +125,8 @@ pub fn store_error(server: &str, error: Error) -> StoreError {
             _ => StoreError::Unreachable(cause),
         },
         Error::Timeout { .. } => StoreError::Timeout(cause),
+        Error::Rejected(line) if line.contains("open connections") => StoreError::Crowded(cause),
+        Error::Rejected(line) if line.contains("unauthenticated") => StoreError::Password(cause),
         Error::Rejected(_) => StoreError::TooOld(cause),
         Error::Server(message) if message.contains("storing object") || message.contains("too large") => {
             StoreError::Full(cause)

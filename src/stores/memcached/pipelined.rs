@@ -127,8 +127,8 @@ struct State {
     users: usize,
     /// It takes no further request, and closes after the last one.
     retired: bool,
-    /// It is closed.
-    closed: bool,
+    /// It is closed, by this.
+    closed: Option<StoreError>,
 }
 
 struct Waiting {
@@ -166,9 +166,9 @@ impl Pipeline {
         server: &str,
     ) -> Result<oneshot::Receiver<Result<Vec<Parts>>>> {
         let state = &mut *self.state.borrow_mut();
-        if state.closed {
+        if let Some(error) = &state.closed {
             // On another, tokens that were read on this one say nothing: memcached may have restarted.
-            return Err(store_error(server, Error::Io(io::ErrorKind::ConnectionReset.into())));
+            return Err(error.clone());
         }
         let before = state.out.len();
         for op in batch {
@@ -191,7 +191,7 @@ impl Pipeline {
     async fn drive(self: Rc<Pipeline>, stream: TcpStream, server: String) {
         let error = self.exchange(stream, &server).await;
         let mut state = self.state.borrow_mut();
-        (state.retired, state.closed) = (true, true);
+        (state.retired, state.closed) = (true, Some(error.clone()));
         for sender in state.waiting.drain(..).filter_map(|waiting| waiting.sender) {
             let _ = sender.send(Err(error.clone()));
         }
@@ -203,6 +203,7 @@ impl Pipeline {
         let (mut reader, mut writer) = stream.split();
         let (mut output, mut input, mut buffer) = (Vec::new(), Vec::new(), [0; BUFFER]);
         let mut alarm = pin!(sleep(limits::STORE_DEADLINE));
+        let mut unsent = None;
         loop {
             let armed = {
                 let state = &mut *self.state.borrow_mut();
@@ -220,13 +221,17 @@ impl Pipeline {
             };
             select! {
                 biased;
-                written = writer.write(&output), if !output.is_empty() => match written {
+                written = writer.write(&output), if !output.is_empty() && unsent.is_none() => match written {
                     Ok(written) => drop(output.drain(..written)),
-                    Err(error) => return failed(error),
+                    // A memcached that closed may have said why: what it sent is read first.
+                    Err(error) => {
+                        unsent = Some(failed(error));
+                        self.retire();
+                    }
                 },
                 read = reader.read(&mut buffer) => {
                     let received = match read {
-                        Ok(0) => Err(failed(io::ErrorKind::UnexpectedEof.into())),
+                        Ok(0) => Err(unsent.take().unwrap_or_else(|| failed(io::ErrorKind::UnexpectedEof.into()))),
                         Ok(read) => {
                             input.extend_from_slice(&buffer[..read]);
                             self.state.borrow_mut().receive(&mut input, server)
@@ -263,10 +268,12 @@ impl State {
     fn receive(&mut self, input: &mut Vec<u8>, server: &str) -> Result<()> {
         let mut rest = &input[..];
         while let Some(response) = split_response(&mut rest).transpose() {
+            let response = response.map_err(|error| store_error(server, error));
             let Some(waiting) = self.waiting.front_mut() else {
-                return Err(unexpected(server));
+                // Not asked yet, a memcached may have refused the connection.
+                return Err(response.err().unwrap_or_else(|| unexpected(server)));
             };
-            waiting.responses.push(response.map_err(|error| store_error(server, error)))?;
+            waiting.responses.push(response)?;
             if waiting.responses.are_complete()
                 && let Some(waiting) = self.waiting.pop_front()
             {
