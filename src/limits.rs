@@ -18,6 +18,14 @@ pub const BYTES_DEFAULT: usize = 10_240;
 /// and item header (about 60) count towards it. A slot that memcached refuses leaves a hole in the ids.
 pub const BYTES_MAX: usize = 1_000_000;
 
+/// Bytes of a message beyond which the bus tries, before it claims an id, whether memcached takes it: an id whose slot
+/// memcached refuses is used up, and all polls that pass it say that they missed something. A trial sends the message
+/// twice, and nobody sets memcached's item limit (`-I`) below this.
+pub const TRIAL_BYTES: usize = 4_096;
+
+/// Bytes that a slot takes beside the message, at most, and a trial does not: the sender, and a longer key.
+pub const TRIAL_EXTRA: usize = "9007199254740991.9007199254740991 ".len() + "9007199254740991".len();
+
 /// Deepest nesting of a message, arrays and objects. Browsers read any depth, but the JSON readers of other languages
 /// stop (serde_json at 128, PHP at 512, Python near 1,000). One deeper message would fail all of their polls for as
 /// long as it lives.

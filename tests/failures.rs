@@ -26,6 +26,8 @@ on_main_fronts! {
     a_full_memcached_refuses_who_publishes_and_answers_all_others
     a_memcached_with_all_its_connections_says_so_and_is_a_bus_again_when_some_close
     a_memcached_that_wants_a_password_says_so
+    a_message_above_memcached_s_item_limit_is_refused_and_uses_up_no_id
+    a_large_message_that_a_full_memcached_refuses_uses_up_no_id
 }
 
 /// Something at a unix socket that is not a memcached: serves each connection with `behave`.
@@ -395,4 +397,63 @@ fn a_memcached_that_wants_a_password_says_so(front: Front) {
     assert!(site.get("chat").json()["message"].as_str().unwrap().contains("-Y"));
     let large = format!("\"{}\"", "x".repeat(10_000));
     assert_eq!(site.post("chat?user=1", large).outcome(), (503, "memcached_password".into()));
+}
+
+fn a_message_above_memcached_s_item_limit_is_refused_and_uses_up_no_id(front: Front) {
+    let list = &[("SHORTBUS_MAX_BYTES", "1000000")][..];
+    let signed = &[list[0], ("SHORTBUS_AUTH", "signed")][..];
+    let memcached = Memcached::start(&["-I", "512k"]);
+    let site = Site::on(front, memcached, &[("chat", list), ("signed", signed)]);
+    let text = |length: usize| format!("\"{}\"", "x".repeat(length - 2));
+    let refused = (413, "memcached_item_limit".into());
+    let (_, start) = site.join("chat");
+    let signer = site.join_signed("signed");
+    let signed_start = site.join("signed").1;
+    for (n, length) in [524_288, 524_400, 900_000].into_iter().enumerate() {
+        let (body, once) = (text(length), format!("k{n}"));
+        let query = signer.query(unix_millis(), &once, &body);
+        // Each twice.
+        for target in ["chat?user=1".into(), format!("chat?user=1&once={once}"), format!("signed?{query}")] {
+            for _ in 0..2 {
+                let reply = site.post(&target, &body);
+                assert_eq!((reply.outcome(), reply.header("retry-after")), (refused.clone(), None), "{length}");
+                assert!(reply.json()["message"].as_str().unwrap().contains("-I"), "{reply:?}");
+            }
+        }
+    }
+    assert_eq!((site.join("chat").1, site.join("signed").1), (start, signed_start));
+    // As large as it takes: where the trial passes, the message does.
+    let largest = (523_000..524_288).rev().step_by(16).find(|&length| match site.post("chat?user=1", text(length)) {
+        reply if reply.status == 200 => true,
+        reply => {
+            assert_eq!(reply.outcome(), refused);
+            false
+        }
+    });
+    assert!(largest.is_some());
+    assert_eq!(site.publish("chat", 1, "1"), start + 2);
+    let reply = site.get(&format!("chat?id={start}"));
+    assert_eq!((reply.header("shortbus-missed"), reply.json().as_array().unwrap().len()), (None, 2));
+    assert_eq!(site.memcached.ask("mg shortbus:chat:trial\r\n"), "EN\r\n");
+}
+
+fn a_large_message_that_a_full_memcached_refuses_uses_up_no_id(front: Front) {
+    let site = Site::on(front, Memcached::start(&["-M", "-m", "2"]), &[("chat", &[("SHORTBUS_MAX_BYTES", "100000")])]);
+    let (_, start) = site.join("chat");
+    let body = format!("\"{}\"", "x".repeat(90_000));
+    let (mut stored, mut refused) = (0, 0);
+    while refused < 5 {
+        match site.post("chat?user=1", &body) {
+            reply if reply.status == 200 => stored += 1,
+            reply => {
+                assert_eq!(reply.outcome(), (503, "memcached_full".into()));
+                refused += 1;
+            }
+        }
+        assert!(stored < 1_000, "2 MB are never full");
+    }
+    assert_eq!(site.join("chat").1, start + stored);
+    let reply = site.get(&format!("chat?user=1&id={start}"));
+    assert_eq!(reply.header("shortbus-last-id"), Some(&(start + stored).to_string()[..]));
+    assert_eq!(reply.header("shortbus-missed"), None);
 }

@@ -427,6 +427,7 @@ impl World {
                 self.slots.insert(id, (value, expires));
                 Reply::Stored
             }
+            Op::Trial(_) | Op::EndTrial => Reply::Stored,
             Op::Get(id) => self.slot(id).map_or(Reply::Missing, |value| Reply::Value(value.into())),
             Op::Probe(id) => self.slot(id).map_or(Reply::Missing, |_| Reply::Stored),
             Op::CreateRecord { .. } if self.record(&value).is_some() => Reply::Taken,
@@ -567,6 +568,8 @@ fn owned(op: Op) -> (Op<'static>, Vec<u8>) {
         Op::AppendRecord(once, id) => return (Op::AppendRecord("", id), once.into()),
         Op::Record(once) => return (Op::Record(""), once.into()),
         Op::CreateSigningKey(key) => return (Op::CreateSigningKey(&[]), key.into()),
+        Op::Trial(value) => return (Op::Trial(&[]), value.into()),
+        Op::EndTrial => Op::EndTrial,
         Op::SigningKey => Op::SigningKey,
         Op::Last => Op::Last,
         Op::Create(start) => Op::Create(start),

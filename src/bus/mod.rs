@@ -31,7 +31,7 @@ use store::{Counter, Op, Reply, Store, StoreError};
 /// # Errors
 /// [`Error::Store`].
 pub async fn join(store: &mut impl Store) -> Result<u64, Error> {
-    Ok(read_last(store, None).await?.value)
+    Ok(read_last(store, None, None).await?.value)
 }
 
 /// The signing key that the store keeps for a bus: the first of all that were offered, as `fresh` is here. `None`
@@ -49,10 +49,12 @@ pub async fn signing_key(store: &mut impl Store, fresh: Option<&[u8]>) -> Result
 }
 
 /// Reads `last`, and creates it first where there is none. In the same write it creates `record` before that, and reads
-/// the record behind it: no slot that `last` does not name yet is older than the record then.
+/// the record behind it: no slot that `last` does not name yet is older than the record then. And in the first write it
+/// tries whether the store takes `trial`.
 async fn read_last(
     store: &mut impl Store,
     mut record: Option<&mut IdempotencyRecord<'_>>,
+    mut trial: Option<Vec<u8>>,
 ) -> Result<Counter, StoreError> {
     for _ in 0..limits::TRIES {
         let mut batch = vec![Op::Last, Op::Last];
@@ -61,7 +63,14 @@ async fn read_last(
             batch.insert(0, Op::CreateRecord { key: name, token, ttl });
             batch.push(Op::Record(name));
         }
+        let trial = trial.take();
+        if let Some(value) = &trial {
+            batch.splice(..0, [Op::Trial(value), Op::EndTrial]);
+        }
         let mut replies = store.run(&batch).await?;
+        if trial.is_some() {
+            replies.drain(..2);
+        }
         if let Some(record) = &mut record {
             record.update(replies.pop());
             record.is_first |= replies.remove(0) == Reply::Stored;

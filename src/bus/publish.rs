@@ -18,7 +18,8 @@ pub struct IdempotencyKey<'a> {
 }
 
 /// Publishes `data`, a checked JSON value, as `user`, for `ttl` seconds: its id once it is stored and visible to
-/// every poll. Two round trips unless others publish at the same moment.
+/// every poll. Two round trips unless others publish at the same moment. A large message that the store does not take
+/// uses up no id.
 ///
 /// With an idempotency key at most one message is published within the TTL, however many requests bear it: the others
 /// get the first one's id. The key has a record, a list of the ids that were tried for it, and an id is in the record
@@ -43,6 +44,7 @@ pub async fn publish(
 ) -> Result<u64, Error> {
     let stale = limits::STALE.min(Duration::from_secs(ttl.into()));
     let mut record = key.map(IdempotencyRecord::new);
+    let mut trial = (data.len() > limits::TRIAL_BYTES).then(|| [&[b' '; limits::TRIAL_EXTRA], data].concat());
     let mut known: Option<(Duration, Counter)> = None;
     for attempt in 1..=limits::TRIES {
         if attempt > 2 {
@@ -54,7 +56,7 @@ pub async fn publish(
             Some((read_at, last)) if store.now() - read_at < stale => last,
             _ => {
                 let read_at = store.now();
-                let last = read_last(store, record.as_mut()).await?;
+                let last = read_last(store, record.as_mut(), trial.take()).await?;
                 if store.now() - read_at >= stale {
                     continue;
                 }
@@ -106,7 +108,7 @@ async fn claim(
     let mut replies = store.run(&batch).await.map_err(|error| match error {
         StoreError::Late(_) => Error::Store(error),
         // With a record it may be the record that was refused, and not the message.
-        StoreError::Full(_) if record.is_none() => Error::Store(error),
+        StoreError::Full(_) | StoreError::ItemLimit(_) if record.is_none() => Error::Store(error),
         _ => Error::OutcomeUnknown(error.to_string()),
     })?;
     if let Some(record) = &mut record {

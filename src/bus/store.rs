@@ -26,6 +26,11 @@ pub enum Op<'a> {
         /// Seconds, as memcached counts them.
         ttl: u32,
     },
+    /// Store a value under a key of its own, for no longer than a second: [`Reply::Stored`], or an error where a slot would not
+    /// be stored either.
+    Trial(&'a [u8]),
+    /// Drop what [`Op::Trial`] stored: [`Reply::Stored`].
+    EndTrial,
     /// Read a slot: [`Reply::Value`] or [`Reply::Missing`].
     Get(u64),
     /// Whether a slot lives, without its value: [`Reply::Stored`] or [`Reply::Missing`].
@@ -75,7 +80,8 @@ pub struct Counter {
     pub cas: u64,
 }
 
-/// Why memcached could not be used. Whether a write was carried out is unknown, but with `Full` and `Late`: it was not.
+/// Why memcached could not be used. Whether a write was carried out is unknown, but with `Full`, `ItemLimit` and
+/// `Late`: it was not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreError {
     /// Nothing listens, or the name does not resolve.
@@ -92,8 +98,10 @@ pub enum StoreError {
     Password(String),
     /// It gives no CAS tokens.
     NoCas(String),
-    /// It would not store the value: out of memory, or an item limit below the default.
+    /// It would not store the value: it is out of memory.
     Full(String),
+    /// It would not store the value: it takes no item as large as this.
+    ItemLimit(String),
     /// It closed the connection in the middle, or answered something else than memcached would.
     Broken(String),
 }
@@ -117,6 +125,10 @@ impl fmt::Display for StoreError {
                 "memcached has no CAS, and publishers would overwrite each other's messages; start it without -C: {server}"
             ),
             StoreError::Full(cause) => write!(f, "memcached will not store the message: {cause}"),
+            StoreError::ItemLimit(cause) => write!(
+                f,
+                "memcached takes no item as large as this; start it with a larger -I or lower SHORTBUS_MAX_BYTES: {cause}"
+            ),
             StoreError::Broken(cause) => write!(f, "memcached does not answer as memcached: {cause}"),
         }
     }

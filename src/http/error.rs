@@ -261,6 +261,12 @@ impl Error {
                     "memcached_full",
                     "memcached is out of memory; nothing was published, try again later.".into(),
                 ),
+                StoreError::ItemLimit(_) => (
+                    413,
+                    "memcached_item_limit",
+                    "memcached takes no item as large as this; start it with a larger -I or lower SHORTBUS_MAX_BYTES."
+                        .into(),
+                ),
                 StoreError::Broken(_) => (503, "memcached_broken", STORE.into()),
             },
         }

@@ -23,6 +23,9 @@ pub fn command(prefix: &str, op: &Op) -> MetaCommand {
         Op::Add { id, value, ttl } => {
             MetaCommand::new(MetaOp::Set, slot(id)).flag("ME").flag(format!("T{ttl}")).value(*value)
         }
+        // No slot, no record, nor any other key of a bus is called so.
+        Op::Trial(value) => MetaCommand::new(MetaOp::Set, named("trial")).flag("T1").value(*value),
+        Op::EndTrial => MetaCommand::new(MetaOp::Delete, named("trial")),
         Op::Get(id) => MetaCommand::new(MetaOp::Get, slot(id)).flag("v"),
         Op::Probe(id) => MetaCommand::new(MetaOp::Get, slot(id)),
         Op::CreateRecord { key, token, ttl } => {
@@ -61,7 +64,7 @@ impl Responses {
         match response {
             Ok(parts) => drop(self.result.as_mut().map(|all| all.push(parts))),
             // memcached refused one operation and goes on with the next.
-            Err(error @ StoreError::Full(_)) => self.result = Err(error),
+            Err(error @ (StoreError::Full(_) | StoreError::ItemLimit(_))) => self.result = Err(error),
             Err(error) => return Err(error),
         }
         self.missing -= 1;
@@ -128,9 +131,8 @@ pub fn store_error(server: &str, error: Error) -> StoreError {
         Error::Rejected(line) if line.contains("open connections") => StoreError::Crowded(cause),
         Error::Rejected(line) if line.contains("unauthenticated") => StoreError::Password(cause),
         Error::Rejected(_) => StoreError::TooOld(cause),
-        Error::Server(message) if message.contains("storing object") || message.contains("too large") => {
-            StoreError::Full(cause)
-        }
+        Error::Server(message) if message.contains("too large") => StoreError::ItemLimit(cause),
+        Error::Server(message) if message.contains("storing object") => StoreError::Full(cause),
         _ => StoreError::Broken(cause),
     }
 }
@@ -166,6 +168,8 @@ fn reply(op: &Op, (rc, number, value): Parts) -> Option<Reply> {
         (Op::Get(_) | Op::Last | Op::Record(_) | Op::SigningKey, _) => None,
         (Op::Advance(_) | Op::Probe(_), ReturnCode::Hd) => Some(Reply::Stored),
         (Op::Advance(_) | Op::Probe(_), _) => None,
+        // Another publisher may have ended its own just now.
+        (Op::EndTrial, ReturnCode::Nf) => Some(Reply::Stored),
         // The rest are writes that depend on what is there.
         (_, ReturnCode::Hd) => Some(Reply::Stored),
         (_, ReturnCode::Ns) => Some(Reply::Taken),
