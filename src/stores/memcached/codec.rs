@@ -132,7 +132,10 @@ pub fn store_error(server: &str, error: Error) -> StoreError {
         Error::Rejected(line) if line.contains("unauthenticated") => StoreError::Password(cause),
         Error::Rejected(_) => StoreError::TooOld(cause),
         Error::Server(message) if message.contains("too large") => StoreError::ItemLimit(cause),
-        Error::Server(message) if message.contains("storing object") => StoreError::Full(cause),
+        // The second of an item in several chunks, from half a megabyte on.
+        Error::Server(message) if ["storing object", "during read"].iter().any(|when| message.contains(when)) => {
+            StoreError::Full(cause)
+        }
         _ => StoreError::Broken(cause),
     }
 }
