@@ -110,10 +110,14 @@ impl fmt::Display for StoreError {
     /// For the operator.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StoreError::Unreachable(cause) => write!(f, "cannot reach memcached: {cause}"),
-            StoreError::Timeout(cause) => write!(f, "memcached does not answer in time: {cause}"),
+            StoreError::Unreachable(cause) => {
+                write!(f, "cannot reach memcached; is it running, and where SHORTBUS_MEMCACHED says? {cause}")
+            }
+            StoreError::Timeout(cause) => {
+                write!(f, "memcached does not answer in time; is it stopped, overloaded or behind a firewall? {cause}")
+            }
             StoreError::Late(cause) => write!(f, "no time left to ask memcached: {cause}"),
-            StoreError::TooOld(cause) => write!(f, "memcached is older than 1.6.10, no meta commands: {cause}"),
+            StoreError::TooOld(cause) => write!(f, "memcached has no meta commands; run 1.6.10 or later: {cause}"),
             StoreError::Crowded(cause) => {
                 write!(f, "memcached has all the connections it may have; give it more with -c: {cause}")
             }
@@ -124,7 +128,7 @@ impl fmt::Display for StoreError {
                 f,
                 "memcached has no CAS, and publishers would overwrite each other's messages; start it without -C: {server}"
             ),
-            StoreError::Full(cause) => write!(f, "memcached will not store the message: {cause}"),
+            StoreError::Full(cause) => write!(f, "memcached is out of memory; give it more with -m: {cause}"),
             StoreError::ItemLimit(cause) => write!(
                 f,
                 "memcached takes no item as large as this; start it with a larger -I or lower SHORTBUS_MAX_BYTES: {cause}"

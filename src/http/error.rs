@@ -87,7 +87,8 @@ impl From<StoreError> for Error {
 }
 
 /// What the client is told of a store that cannot be used.
-const STORE: &str = "The bus cannot use its memcached at the moment; try again later.";
+const STORE: &str =
+    "The bus cannot use its memcached at the moment; try again later. The web server's error log says why.";
 
 impl Error {
     /// HTTP status (RFC 9110), the stable code that programs can go by, and the sentence for the client: what to do.

@@ -123,7 +123,7 @@ pub fn store_error(server: &str, error: Error) -> StoreError {
         Error::Io(error) => match error.kind() {
             io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => StoreError::Timeout(cause),
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-                StoreError::Broken(cause)
+                StoreError::Broken(format!("{cause} (it closed; with -B binary it closes on all that the bus says)"))
             }
             _ => StoreError::Unreachable(cause),
         },
