@@ -1,9 +1,13 @@
 //! Run by hand, the executable explains itself.
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Output};
+use std::thread;
 
-use crate::fixtures::daemon::executable;
+use crate::fixtures::daemon::{Folder, executable};
 use crate::fixtures::fronts::Front;
+use crate::fixtures::memcached::Memcached;
 use crate::fixtures::site::Site;
 
 fn run(site: &Site, arguments: &[&str], settings: &[(&str, &str)]) -> Output {
@@ -131,5 +135,74 @@ fn a_closed_stdout_or_stderr_is_no_crash() {
             let output = Command::new("bash").args(["-c", &line]).output().unwrap();
             assert!(output.status.code().is_some_and(|code| code <= 1), "{line}: {output:?}");
         }
+    }
+}
+
+/// A check of this memcached fails, and says this.
+#[track_caller]
+fn assert_check_fails(address: &str, settings: &[(&str, &str)], words: &[&str]) {
+    let output = run(&site(), &["--check"], &[&[("SHORTBUS_MEMCACHED", address)], settings].concat());
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(1), ""));
+    let last = text(&output.stdout).lines().last().unwrap();
+    assert!(last.starts_with("shortbus: ") && words.iter().all(|word| last.contains(word)), "{words:?}: {output:?}");
+}
+
+#[test]
+fn a_check_says_what_to_do_about_a_memcached_that_the_bus_cannot_use() {
+    let large = [("SHORTBUS_MAX_BYTES", "600000")];
+    assert_check_fails(&Memcached::start(&["-C"]).address, &[], &["no CAS", "without -C"]);
+    assert_check_fails(&Memcached::start(&["-B", "binary"]).address, &[], &["-B binary"]);
+    assert_check_fails(&Memcached::start(&["-I", "512k"]).address, &large, &["larger -I", "SHORTBUS_MAX_BYTES"]);
+
+    let folder = Folder::new();
+    std::fs::write(folder.join("users"), "user:password\n").unwrap();
+    let users = folder.join("users").to_str().unwrap().to_owned();
+    assert_check_fails(&Memcached::start(&["-Y", &users]).address, &[], &["password", "without -Y"]);
+
+    let full = Memcached::start(&["-M", "-m", "2"]);
+    let value = "x".repeat(600_000);
+    (0..10).for_each(|n| drop(full.ask(format!("ms full{n} 600000\r\n{value}\r\n"))));
+    assert_check_fails(&full.address, &large, &["out of memory", "-m"]);
+
+    let crowded = Memcached::start(&["-c", "40", "-t", "1"]);
+    let connect = || BufReader::new(UnixStream::connect(&crowded.address).unwrap());
+    let answer = |stream: &mut BufReader<UnixStream>| {
+        let (mut line, _) = (String::new(), stream.get_mut().write_all(b"mn\r\n"));
+        let _ = stream.read_line(&mut line);
+        line
+    };
+    let held: Vec<_> = std::iter::repeat_with(connect)
+        .map_while(|mut stream| (answer(&mut stream) == "MN\r\n").then_some(stream))
+        .collect();
+    assert_check_fails(&crowded.address, &[], &["connections", "-c"]);
+    drop(held);
+    common::wait_for("a free connection", || answer(&mut connect()) == "MN\r\n");
+}
+
+#[test]
+fn a_check_notices_what_a_work_alike_does_not_do() {
+    let memcached = Memcached::start(&[]);
+    // A memcached that is asked for something else.
+    for (asked, instead, word) in [(" ME", " MS", "with ME"), (" C", " O", "with C"), (" T", " F", "(T, t)")] {
+        let folder = Folder::new();
+        let address = folder.join("socket").to_str().unwrap().to_owned();
+        let (listener, real) = (UnixListener::bind(&address).unwrap(), memcached.address.clone());
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (mut client, mut server) = (stream.unwrap(), UnixStream::connect(&real).unwrap());
+                let (mut from, mut to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+                thread::spawn(move || std::io::copy(&mut from, &mut to));
+                thread::spawn(move || {
+                    let mut bytes = [0; 65_536];
+                    while let Ok(length @ 1..) = client.read(&mut bytes) {
+                        let text = std::str::from_utf8(&bytes[..length]).unwrap().replace(asked, instead);
+                        server.write_all(text.as_bytes()).unwrap();
+                    }
+                    let _ = server.shutdown(std::net::Shutdown::Both);
+                });
+            }
+        });
+        assert_check_fails(&address, &[], &[word, "use memcached itself"]);
+        memcached.ask("flush_all\r\n");
     }
 }

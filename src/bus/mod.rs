@@ -9,6 +9,7 @@
 //! promise: a publisher that slept, or finds a slot that a dead one left behind long ago, acknowledges only what all
 //! polls will see. `tests/simulation.rs` checks the promise, and that each rule is needed.
 
+mod check;
 pub mod error;
 pub mod name;
 mod poll;
@@ -16,6 +17,7 @@ mod publish;
 mod slot;
 pub mod store;
 
+pub use check::check;
 pub use error::Error;
 pub use poll::{Message, Page, poll};
 pub use publish::{IdempotencyKey, publish};

@@ -54,8 +54,8 @@ impl Memcached {
         let ask = || -> io::Result<Vec<u8>> {
             let mut socket = connect(&self.server, Instant::now())?;
             socket.set_read_timeout(Some(limits::STORE_DEADLINE))?;
-            // A memcached that closed may have said why.
-            let sent = socket.write_all(b"version\r\n");
+            // More than once: with -B binary it takes 24 bytes until it closes. A memcached that closed may have said why.
+            let sent = socket.write_all(&b"version\r\n".repeat(3));
             let mut line = Vec::new();
             match BufReader::new(socket.take(100)).read_until(b'\n', &mut line)? {
                 0 => Err(sent.err().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into())),
