@@ -176,7 +176,7 @@ fn a_check_says_what_to_do_about_a_memcached_that_the_bus_cannot_use() {
         .collect();
     assert_check_fails(&crowded.address, &[], &["connections", "-c"]);
     drop(held);
-    common::wait_for("a free connection", || answer(&mut connect()) == "MN\r\n");
+    crate::fixtures::daemon::wait_for("a free connection", || answer(&mut connect()) == "MN\r\n");
 }
 
 #[test]

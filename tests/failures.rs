@@ -352,7 +352,7 @@ fn a_full_memcached_refuses_who_publishes_and_answers_all_others(front: Front) {
     let (_, start) = site.join("chat");
     let body = format!("\"{}\"", "x".repeat(90_000));
     let full = (503, "memcached_full".into());
-    common::wait_for("a full memcached", || site.post("chat?user=1", &body).outcome() == full);
+    crate::fixtures::daemon::wait_for("a full memcached", || site.post("chat?user=1", &body).outcome() == full);
     // In FastCGI they share a connection, and what is refused to one of them is no answer to another.
     let replies = site.at_once(16, |n| match n % 2 {
         0 => site.post("chat?user=1", &body),
@@ -384,7 +384,7 @@ fn a_memcached_with_all_its_connections_says_so_and_is_a_bus_again_when_some_clo
     }
     assert!(site.get("chat").json()["message"].as_str().unwrap().contains("-c"));
     drop(held);
-    common::wait_for("a free connection", || site.get("chat").status == 200);
+    crate::fixtures::daemon::wait_for("a free connection", || site.get("chat").status == 200);
     site.publish("chat", 1, "1");
 }
 

@@ -245,7 +245,9 @@ fn an_event_stream_tells_messages_cursors_and_misses_and_is_resumed() {
     stream.ask("GET", &format!("user=9&id={id}"), &[("HTTP_ACCEPT", "text/event-stream")], b"");
     let head = stream.until("\r\n\r\n");
     assert!(
-        head.starts_with("Status: 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\n"),
+        head.starts_with(
+            "Status: 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store, no-transform\r\n"
+        ),
         "{head}"
     );
     assert!(head.contains("X-Accel-Buffering: no\r\n") && !head.contains("Content-Length"), "{head}");
@@ -491,7 +493,10 @@ fn in_cgi_waiting_is_off_unless_a_setting_allows_it() {
     let (_, id) = site.join("chat");
     let started = Instant::now();
     assert_eq!(site.get("chat").json().as_object().unwrap().len(), 2);
-    for query in ["wait=9", "stream=1"] {
+    // A stream ends at once, and its client comes back.
+    let stream = site.get(&format!("chat?id={id}&stream=1"));
+    assert_eq!(stream.header("content-type"), Some("text/event-stream"));
+    for query in ["wait=9", "wait=9&stream=0"] {
         let reply = site.get(&format!("chat?id={id}&{query}"));
         assert_eq!((reply.text(), reply.header("content-type")), ("[]", Some("application/json")));
     }
