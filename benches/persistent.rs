@@ -157,7 +157,7 @@ fn start_nginx(folder: &Folder) -> (SocketAddr, Daemon) {
     for process in ["one", "two", "nothing"] {
         upstreams += &format!("upstream {process} {{ server unix:{root}{process}.s; keepalive 32; }}\n");
         for bus in bus_names() {
-            let one = block.replace("cgi-bin/chat(", &format!("cgi-bin/{process}-{bus}("));
+            let one = block.replace("cgi-bin/chat", &format!("cgi-bin/{process}-{bus}"));
             let pass = format!("fastcgi_keep_conn on; fastcgi_pass {process};");
             let one = one.replace("fastcgi_pass unix:/run/shortbus.sock;", &pass);
             locations += &format!("{}}}\n", one.replace("SHORTBUS_BUS chat;", &format!("SHORTBUS_BUS {bus};")));

@@ -13,6 +13,7 @@ mod layout;
 mod persistent;
 mod readme;
 mod scenarios;
+mod servers;
 mod signed;
 mod simulation;
 mod soak;

@@ -11,6 +11,7 @@ have() {
         apache2) command -v apache2 || command -v httpd ;;
         chromium) command -v chromium || command -v chromium-browser || command -v google-chrome ;;
         firefox-esr) command -v firefox-esr || command -v firefox ;;
+        mod_evasive) [ -e /usr/lib/apache2/modules/mod_evasive20.so ] || [ -e /usr/lib64/httpd/modules/mod_evasive24.so ] ;;
         mod_fcgid) [ -e /usr/lib/apache2/modules/mod_fcgid.so ] || [ -e /usr/lib64/httpd/modules/mod_fcgid.so ] ;;
         *) command -v "$1" ;;
     esac >/dev/null 2>&1
@@ -26,6 +27,8 @@ package() {
         dnf/apache2) echo httpd ;;
         pacman/apache2) echo apache ;;
         apt-get/mod_fcgid) echo libapache2-mod-fcgid ;;
+        # It wants a command mail, and that one that delivers: msmtp runs no service.
+        apt-get/mod_evasive) echo libapache2-mod-evasive msmtp-mta ;;
         */systemd-socket-activate) echo systemd ;;
         dnf/firefox-esr | pacman/firefox-esr) echo firefox ;;
         */node) echo nodejs ;;

@@ -322,7 +322,7 @@ fn one_watcher_asks_for_all_and_none_when_nobody_waits() {
 
 #[test]
 fn sigterm_finishes_what_is_answered_and_ends_what_waits() {
-    for signal in ["TERM", "USR1"] {
+    for signal in ["TERM", "USR1", "HUP"] {
         let mut bus = Bus::start();
         let id = bus.join();
         let (mut poll, mut stream, mut idle, mut slow) = (bus.connect(), bus.connect(), bus.connect(), bus.connect());

@@ -383,7 +383,7 @@ fn a_page_of_this_site_publishes(front: Front) {
     let site = Site::start(front);
     site.copy("chat");
     // curl has no Origin; a page of this host has this one, also behind a proxy that speaks https or rewrites Host.
-    let own: [&[(&str, &str)]; 9] = [
+    let own: [&[(&str, &str)]; 10] = [
         &[],
         &[("Origin", "http://localhost")],
         &[("Origin", "https://localhost"), ("X-Forwarded-Proto", "https")],
@@ -392,6 +392,7 @@ fn a_page_of_this_site_publishes(front: Front) {
         &[("Origin", "https://public.example"), ("Host", "backend:8080"), ("Sec-Fetch-Site", "same-origin")],
         &[("Origin", "null"), ("Sec-Fetch-Site", "same-origin")],
         &[("Referer", "http://localhost/a/page?of=it")],
+        &[("Referer", "")],
         &[("Referer", "http://evil.example/"), ("Sec-Fetch-Site", "none")],
     ];
     for headers in own {
@@ -1190,7 +1191,8 @@ fn a_packed_body_is_refused(front: Front) {
 
 /// A bus that its owner believes to be signed must not be open because of a name that nobody looks at.
 fn a_setting_under_another_name_is_refused(front: Front) {
-    let buses: [(&str, &[(&str, &str)], &str); 5] = [
+    type Bus<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
+    let buses: [Bus; 5] = [
         ("typo", &[("SHORTBUS_AUTHS", "signed")], "SHORTBUS_AUTHS is no setting"),
         ("redirect", &[("REDIRECT_SHORTBUS_AUTH", "signed")], "what an internal redirect"),
         ("twice", &[("REDIRECT_REDIRECT_SHORTBUS_TTL", "9")], "SHORTBUS_TTL, which is missing"),

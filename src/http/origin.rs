@@ -28,7 +28,8 @@ pub fn check(request: &Request, config: &Config) -> Result<(), Error> {
     // nothing else counts: over plain http a host's name is easily forged.
     let is_own = match variables.get("HTTP_SEC_FETCH_SITE") {
         Some(site) => matches!(site, b"same-origin" | b"none"),
-        None => match (origin, variables.get("HTTP_REFERER")) {
+        // Some servers give a header that did not come without a value.
+        None => match (origin, variables.get("HTTP_REFERER").filter(|referer| !referer.is_empty())) {
             (Some(origin), _) => is_host(variables, origin),
             // Some servers hand on no Origin.
             (None, Some(referer)) => {

@@ -259,6 +259,7 @@ class FastcgiSite extends Site {
     const location = example.replace("pass unix:/run/shortbus.sock;", "pass shortbus; fastcgi_keep_conn on;");
     const named = (name, params) =>
       location
+        .replace("^~ /cgi-bin/chat {", () => `~ ^/cgi-bin/${name}(/|$) {`)
         .replace("cgi-bin/chat(", `cgi-bin/(?<bus>${name})(`)
         .replace("SHORTBUS_BUS chat;", "SHORTBUS_BUS $bus;")
         .replace(/\}\s*$/, `${params}}\n`);
