@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use crate::bus;
 use crate::bus::store::StoreError;
 use crate::config::Config;
-use crate::http;
 use crate::http::request::{self, Gateway};
 use crate::http::waiting::{self, Front, Next};
+use crate::http::{self, Backend};
 use crate::limits;
 use crate::stores::block_on;
 use crate::stores::memcached::blocking::Memcached;
@@ -21,11 +21,11 @@ use crate::variables::Variables;
 pub fn serve(argv0: &[u8]) {
     let variables = Variables::environment();
     let config = Config::read(&variables, &Variables::default(), argv0, 0);
-    let limit = config.as_ref().map_or(0, |config| config.max_bytes);
+    let limit = config.as_ref().map_or(0, |config| request::body_limit(&variables, config));
     let body = request::read_body(&variables, &*fd(0), limit);
     // The connection is closed again when this returns: what is written below goes to nobody else, even if the server
     // started us without a stdout or stderr.
-    let mut response = block_on(http::answer(&variables, Gateway::Cgi, config, body, connect));
+    let mut response = block_on(http::answer(&variables, Gateway::Cgi, config, body, &Direct));
     if let Some(line) = &response.log {
         let _ = fd(2).write_all(format!("{line}\n").as_bytes());
     }
@@ -43,8 +43,15 @@ pub fn serve(argv0: &[u8]) {
     };
 }
 
-fn connect(config: &Config) -> Result<Memcached, StoreError> {
-    Memcached::connect(&config.memcached, &config.bus)
+/// A connection for each request.
+struct Direct;
+
+impl Backend for Direct {
+    type Store = Memcached;
+
+    fn open(&self, config: &Config) -> Result<Memcached, StoreError> {
+        Memcached::connect(&config.memcached, &config.bus)
+    }
 }
 
 /// A process that waits: it asks the store now and then, for as long as `SHORTBUS_WAIT` lets it.
@@ -64,7 +71,7 @@ impl Front for Process {
             }
             std::thread::sleep(limits::CGI_WATCH_INTERVAL.min(left));
             // A store that is away may be back before the time is over.
-            if let Ok(mut store) = connect(&self.config)
+            if let Ok(mut store) = Direct.open(&self.config)
                 && let Ok(page) = bus::poll(&mut store, self.after, self.user).await
                 && page.last_id != self.after
             {

@@ -1,7 +1,7 @@
 //! What the promise assumes of a store, tried: for an operator who asks, on a bus of its own.
 
 use super::store::{Op, Reply, Store, StoreError};
-use super::{Error, poll, publish, read_last};
+use super::{Error, Publish, poll, publish, read_last, slot};
 use crate::limits;
 
 /// Tries a store, as a bus whose messages have up to `bytes` bytes and live for `ttl` seconds needs it.
@@ -9,15 +9,16 @@ use crate::limits;
 /// # Errors
 /// [`Error::Store`], with what the store does wrong; any other, as [`publish`].
 pub async fn check(store: &mut impl Store, ttl: u32, bytes: usize) -> Result<(), Error> {
-    let stale = read_last(store, None, None).await?;
-    let small = publish(store, 1, b"\"test\"", ttl, None).await?;
+    let message = |data| Publish { user: 1, messages: vec![data], key: None };
+    let stale = read_last(store, vec![], None).await?;
+    let small = publish(store, message(b"\"test\""), ttl).await?[0];
     read_back(store, small, b"\"test\"").await?;
     let large = vec![b'1'; bytes];
-    let id = publish(store, 1, &large, ttl, None).await?;
+    let id = publish(store, message(&large), ttl).await?[0];
     read_back(store, id, &large).await?;
 
     // What is written once stays, also where another publisher writes it at the same moment.
-    let add = Op::Add { id: small, value: b"1 \"other\"", ttl };
+    let add = Op::Add { slot: slot::after(small - 1), value: b"1 \"other\"", ttl };
     if store.run(&[add, add]).await? != [Reply::Taken, Reply::Taken] {
         return Err(wrong("it stores what is stored already, where it was asked not to (ms with ME)"));
     }

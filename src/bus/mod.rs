@@ -1,13 +1,16 @@
 //! The delivery protocol: how a message gets its id and how a poll finds what is new.
 //!
-//! Per bus there is a counter `last`, without TTL, and one slot per message id, write-once, with the TTL. Ids are
-//! claimed at the tail, and `last` names a slot only after it is stored; so a reader that reads `last` first never
-//! meets a message in flight. While memcached neither evicts nor restarts, a message that was acknowledged reaches
-//! every client that polls within its TTL, exactly once, and all clients see the same order.
+//! Per bus there are a counter `last`, without TTL, and slots with the TTL, each written once with one message or several
+//! ([`slot`]). Slots are claimed at the tail, and `last` names a slot only after it is stored; so a reader that reads
+//! `last` first never meets a message in flight. While the store neither evicts nor restarts, a message that was
+//! acknowledged reaches every client that polls within its TTL, exactly once, and all clients see the same order.
 //!
-//! One thing is assumed: memcached runs the operations of one write one after the other. No clock is trusted for the
-//! promise: a publisher that slept, or finds a slot that a dead one left behind long ago, acknowledges only what all
-//! polls will see. `tests/simulation.rs` checks the promise, and that each rule is needed.
+//! Two things are assumed of a store: it runs the operations of one write one after the other, and no slot expires between
+//! two operations of one write. memcached's clock ticks once a second and a write takes microseconds, so the second fails
+//! only if a tick falls into a write for the very slot that expires at it, and even then it takes two more publishers, of
+//! which one died: the simulation shows how. No clock is trusted for the promise otherwise: a publisher that slept, or
+//! finds a slot that a dead one left behind long ago, acknowledges only what all polls will see. `tests/simulation.rs`
+//! checks the promise, and that each rule is needed.
 
 mod check;
 pub mod error;
@@ -20,7 +23,7 @@ pub mod store;
 pub use check::check;
 pub use error::Error;
 pub use poll::{Message, Page, poll};
-pub use publish::{IdempotencyKey, publish};
+pub use publish::{IdempotencyKey, Known, Publish, publish, publish_group};
 
 use crate::limits;
 use publish::IdempotencyRecord;
@@ -33,8 +36,11 @@ use store::{Counter, Op, Reply, Store, StoreError};
 /// # Errors
 /// [`Error::Store`].
 pub async fn join(store: &mut impl Store) -> Result<u64, Error> {
-    Ok(read_last(store, None, None).await?.value)
+    Ok(slot::last_id(read_last(store, vec![], None).await?.value))
 }
+
+/// The id of the last message in a slot: for the newest slot, that of the newest message.
+pub use slot::last_id;
 
 /// The signing key that the store keeps for a bus: the first of all that were offered, as `fresh` is here. `None`
 /// where there is none yet.
@@ -50,39 +56,36 @@ pub async fn signing_key(store: &mut impl Store, fresh: Option<&[u8]>) -> Result
     })
 }
 
-/// Reads `last`, and creates it first where there is none. In the same write it creates `record` before that, and reads
-/// the record behind it: no slot that `last` does not name yet is older than the record then. And in the first write it
+/// Reads `last`, and creates it first where there is none. In the same write it creates the records before that, and
+/// reads them behind it: no slot that `last` does not name yet is older than the records then. And in the first write it
 /// tries whether the store takes `trial`.
 async fn read_last(
     store: &mut impl Store,
-    mut record: Option<&mut IdempotencyRecord<'_>>,
+    mut records: Vec<&mut IdempotencyRecord<'_>>,
     mut trial: Option<Vec<u8>>,
 ) -> Result<Counter, StoreError> {
     for _ in 0..limits::TRIES {
-        let mut batch = vec![Op::Last, Op::Last];
-        if let Some(record) = &record {
-            let IdempotencyKey { name, token, ttl } = record.key;
-            batch.insert(0, Op::CreateRecord { key: name, token, ttl });
-            batch.push(Op::Record(name));
-        }
+        let keys: Vec<IdempotencyKey> = records.iter().map(|record| record.key).collect();
         let trial = trial.take();
-        if let Some(value) = &trial {
-            batch.splice(..0, [Op::Trial(value), Op::EndTrial]);
-        }
+        let mut batch: Vec<Op> = trial.iter().flat_map(|value| [Op::Trial(value), Op::EndTrial]).collect();
+        batch.extend(keys.iter().map(|&IdempotencyKey { name, token, ttl }| Op::CreateRecord { key: name, token, ttl }));
+        batch.extend([Op::Last, Op::Last]);
+        batch.extend(keys.iter().map(|key| Op::Record(key.name)));
         let mut replies = store.run(&batch).await?;
         if trial.is_some() {
             replies.drain(..2);
         }
-        if let Some(record) = &mut record {
-            record.update(replies.pop());
-            record.is_first |= replies.remove(0) == Reply::Stored;
+        let read = replies.split_off(keys.len() + 2);
+        for ((record, created), read) in records.iter_mut().zip(replies.drain(..keys.len())).zip(read) {
+            record.update(read);
+            record.is_first |= created == Reply::Stored;
         }
         if let Some(counter) = steady(&replies) {
             return Ok(counter);
         }
         if replies[1] == Reply::Missing {
             // The time, so that ids go on rising when memcached restarts and every client's cursor stays good.
-            let start = store.unix_micros();
+            let start = store.unix_micros() / limits::SLOT_MESSAGES;
             store.run(&[Op::Create(start)]).await?;
         }
     }

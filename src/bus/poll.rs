@@ -1,6 +1,6 @@
 //! Polling: every live message after a cursor.
 
-use super::store::{Op, Reply, Store, StoreError};
+use super::store::{Counter, Op, Reply, Store, StoreError};
 use super::{Error, slot};
 use crate::limits;
 
@@ -11,21 +11,35 @@ pub struct Message {
     pub id: u64,
     /// Its sender.
     pub user: u64,
-    /// A slot's value, and where the message begins in it: it is not copied.
-    slot: Vec<u8>,
+    /// Its bytes, behind those of its sender where it was alone in its slot: these are not moved.
+    bytes: Vec<u8>,
     start: usize,
 }
 
 impl Message {
-    /// The message in a slot's value; none where no shortbus wrote it.
-    pub fn from_slot(id: u64, slot: Vec<u8>) -> Option<Message> {
-        let (sender, start) = slot::split(&slot)?;
-        Some(Message { id, user: sender.user, slot, start })
-    }
-
     /// The JSON value, the very bytes that were sent.
     pub fn data(&self) -> &[u8] {
-        &self.slot[self.start..]
+        &self.bytes[self.start..]
+    }
+
+    /// The messages in a slot's value; none where no shortbus wrote it.
+    pub fn from_slot(slot: u64, value: Vec<u8>) -> Option<Vec<Message>> {
+        let parts = slot::split(&value)?;
+        if let [(sender, range)] = &parts[..] {
+            return Some(vec![Message {
+                id: slot::last_id(slot),
+                user: sender.user,
+                start: range.start,
+                bytes: value,
+            }]);
+        }
+        let message = |(id, (sender, range)): (u64, (slot::Sender, std::ops::Range<usize>))| Message {
+            id,
+            user: sender.user,
+            bytes: value[range].to_vec(),
+            start: 0,
+        };
+        Some(slot::ids(slot, parts.len()).zip(parts).map(message).collect())
     }
 }
 
@@ -47,48 +61,48 @@ impl Page {
     }
 }
 
-/// Every live message after `after`, but those of `except`, in the order of their ids. One round trip where nothing
-/// is new, or no more than [`Store::ahead`]; it costs what it returns, however far behind `after` is.
+/// Every live message after the cursor `after`, but those of `except`, in the order of their ids. One round trip where
+/// nothing is new, or no more slots than [`Store::ahead`]; it costs what it returns, however far behind `after` is.
 ///
 /// # Errors
 /// [`Error::Store`].
 pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Result<Page, Error> {
+    let first = slot::after(after).max(1);
     // `last` before the slots: a slot read earlier than `last` could be published in between, and skipped for ever.
     let mut batch = vec![Op::Last];
-    batch.extend((1..=store.ahead()).map(|n| Op::Get(after + n)));
+    batch.extend((first..first + store.ahead()).map(Op::Get));
     let mut replies = store.run(&batch).await?.into_iter();
     let page = Page { last_id: after, ..Page::default() };
-    let mut reader = Reader { page, except, bytes: 0, live: (0, 0), scanned: 0, full: false };
-    let last = match replies.next() {
-        Some(Reply::Counter(counter)) => counter.value,
-        _ => after,
+    let mut reader = Reader { page, next: first, except, bytes: 0, live: (0, 0), scanned: 0, full: false };
+    let Some(Reply::Counter(Counter { value: last, .. })) = replies.next() else {
+        return Ok(reader.page);
     };
     let mut live = false;
-    if last < after {
+    if last + 1 < first {
         // The counter was lost and came back lower.
         reader.page.missed = true;
-        reader.page.last_id = 0;
+        reader.next = 1;
     } else {
         live = store.ahead() == 0 || reader.append(replies, last);
     }
     while reader.wants_more(last) {
         if !live {
             // A gap, as wide as it may be: on to where it ends.
-            reader.page.last_id = oldest_live(store, reader.page.last_id, last).await? - 1;
+            reader.next = oldest_live(store, reader.next - 1, last).await?;
+            reader.page.last_id = slot::last_id(reader.next - 1);
             live = true;
             continue;
         }
-        let from = reader.page.last_id + 1;
-        let slots: Vec<Op> = (from..=last.min(from + reader.batch() - 1)).map(Op::Get).collect();
+        let slots: Vec<Op> = (reader.next..=last.min(reader.next + reader.batch() - 1)).map(Op::Get).collect();
         let replies = store.run(&slots).await?;
         live = reader.append(replies.into_iter(), last);
     }
     Ok(reader.page)
 }
 
-/// The smallest id from which slots may live, at most `last + 1`, given that none lives at `dead`.
+/// The smallest slot from which slots may live, at most `last + 1`, given that none lives at `dead`.
 ///
-/// Slots expire in the order of their ids, so the live ones are a suffix: gallop back from `last`, then bisect.
+/// Slots expire in the order of their numbers, so the live ones are a suffix: gallop back from `last`, then bisect.
 /// Stops within [`limits::WINDOW`] slots of the answer, which the fetch that follows passes over.
 async fn oldest_live(store: &mut impl Store, mut dead: u64, last: u64) -> Result<u64, StoreError> {
     let back = (0..u64::BITS).map_while(|n| last.checked_sub((1 << n) - 1)).take_while(|&id| id > dead);
@@ -121,10 +135,12 @@ async fn probe(store: &mut impl Store, points: &[u64], last: u64) -> Result<Vec<
 /// Turns slots into a page.
 struct Reader {
     page: Page,
+    /// The slot to read next.
+    next: u64,
     except: Option<u64>,
     /// Bytes of the page's messages in a reply, at most.
     bytes: usize,
-    /// Messages looked through, its user's own included, and their bytes.
+    /// Slots that lived, and their bytes.
     live: (usize, usize),
     /// Bytes looked through.
     scanned: usize,
@@ -133,52 +149,54 @@ struct Reader {
 }
 
 impl Reader {
-    /// Appends the slots that follow `last_id`, up to `last` or a limit; whether any of them lives.
+    /// Appends the slots from `next` on, up to `last` or a limit; whether any of them lives.
     fn append(&mut self, replies: impl Iterator<Item = Reply>, last: u64) -> bool {
         let mut any = false;
         for reply in replies {
             if !self.wants_more(last) {
                 break;
             }
-            let id = self.page.last_id + 1;
             self.scanned += limits::SCAN_SLOT;
-            let message = match reply {
-                Reply::Value(slot) => Message::from_slot(id, slot),
+            let messages = match reply {
+                Reply::Value(value) => {
+                    self.scanned += value.len();
+                    self.live = (self.live.0 + 1, self.live.1 + value.len());
+                    Message::from_slot(self.next, value)
+                }
                 _ => None,
             };
-            match message {
-                Some(message) => {
-                    any = true;
-                    self.push(message);
-                }
-                // What no shortbus wrote counts as gone: it must not fail everyone's polls for a minute.
-                None => self.page.missed = true,
+            any |= messages.is_some();
+            // What no shortbus wrote counts as gone: it must not fail everyone's polls for a minute.
+            self.page.missed |= messages.is_none();
+            if !self.push(messages.unwrap_or_default()) {
+                self.full = true;
+                break;
             }
-            if !self.full {
-                self.page.last_id = id;
-                self.full = self.page.messages.len() == limits::REPLY_MESSAGES || self.scanned >= limits::SCAN_BYTES;
-            }
+            self.page.last_id = slot::last_id(self.next);
+            self.next += 1;
+            self.full = self.scanned >= limits::SCAN_BYTES;
         }
         any
     }
 
-    /// Appends one message, unless it is the user's own or, as `full` then says, has to wait for the next reply.
-    fn push(&mut self, message: Message) {
-        let bytes = message.data().len();
-        self.scanned += bytes;
-        self.live = (self.live.0 + 1, self.live.1 + bytes);
-        if self.except == Some(message.user) {
-            return;
+    /// Appends one slot's messages, but those that the cursor has passed and the user's own; or none, where all of them
+    /// together have to wait for the next reply.
+    fn push(&mut self, messages: Vec<Message>) -> bool {
+        let is_new = |message: &Message| message.id > self.page.last_id && self.except != Some(message.user);
+        let messages: Vec<Message> = messages.into_iter().filter(is_new).collect();
+        let bytes: usize = messages.iter().map(|message| limits::REPLY_MESSAGE + message.data().len()).sum();
+        let count = self.page.messages.len();
+        let fits = self.bytes + bytes <= limits::REPLY_BYTES && count + messages.len() <= limits::REPLY_MESSAGES;
+        if !fits && count > 0 && !messages.is_empty() {
+            return false;
         }
-        self.bytes += limits::REPLY_MESSAGE + bytes;
-        self.full = self.bytes > limits::REPLY_BYTES && !self.page.messages.is_empty();
-        if !self.full {
-            self.page.messages.push(message);
-        }
+        self.bytes += bytes;
+        self.page.messages.extend(messages);
+        true
     }
 
     fn wants_more(&self, last: u64) -> bool {
-        self.page.last_id < last && !self.full
+        self.next <= last && !self.full && self.page.messages.len() < limits::REPLY_MESSAGES
     }
 
     /// How many slots to fetch next: as many as fit the reply, were they like those so far.
@@ -186,7 +204,7 @@ impl Reader {
         let room = limits::REPLY_BYTES.saturating_sub(self.bytes);
         match self.live {
             (0, _) => limits::WINDOW,
-            (messages, bytes) => ((room / (bytes / messages + 1)) as u64).clamp(limits::WINDOW, limits::BATCH),
+            (slots, bytes) => ((room / (bytes / slots + 1)) as u64).clamp(limits::WINDOW, limits::BATCH),
         }
     }
 }

@@ -17,14 +17,37 @@ pub struct IdempotencyKey<'a> {
     pub ttl: u32,
 }
 
-/// Publishes `data`, a checked JSON value, as `user`, for `ttl` seconds: its id once it is stored and visible to
-/// every poll. Two round trips unless others publish at the same moment. A large message that the store does not take
-/// uses up no id.
+/// What one request publishes: its messages get into one slot together.
+#[derive(Clone, Debug)]
+pub struct Publish<'a> {
+    /// The sender.
+    pub user: u64,
+    /// Checked JSON values, at least one, and at most [`limits::SLOT_MESSAGES`].
+    pub messages: Vec<&'a [u8]>,
+    /// What makes several requests this one.
+    pub key: Option<IdempotencyKey<'a>>,
+}
+
+/// `last` as a claim left it, and the [`Store::now`] before that claim was sent.
+pub type Known = Option<(Duration, Counter)>;
+
+/// Publishes what one request asks for, for `ttl` seconds: the messages' ids, once they are stored and visible to every
+/// poll. Two round trips unless others publish at the same moment. Large messages that the store does not take use up no ids.
 ///
-/// With an idempotency key at most one message is published within the TTL, however many requests bear it: the others
-/// get the first one's id. The key has a record, a list of the ids that were tried for it, and an id is in the record
-/// before its slot is stored. A publisher reads `last`, then the record. If none of the listed slots up to `last` is of
-/// this send, none was published up to `last`; and after it there is but one slot that a publisher who knew no more
+/// # Errors
+/// Those of [`publish_group`].
+pub async fn publish(store: &mut impl Store, publish: Publish<'_>, ttl: u32) -> Result<Vec<u64>, Error> {
+    publish_group(store, vec![publish], ttl, &mut None).await.pop().expect("an answer each")
+}
+
+/// Publishes what several requests ask for, all in one slot, for `ttl` seconds: an answer each, in their order. They are
+/// at most [`limits::SLOT_MESSAGES`] messages in all, and fit an item of the store. Two round trips unless others publish
+/// at the same moment; one where `known` is still fresh and no request has an idempotency key.
+///
+/// With an idempotency key at most one request's messages are published within the TTL, however many requests bear it:
+/// the others get the first one's ids. The key has a record, a list of the slots that were tried for it, and a slot is in
+/// the record before it is stored. A publisher reads `last`, then the record. If none of the listed slots up to `last` is
+/// of this send, none was published up to `last`; and after it there is but one slot that a publisher who knew no more
 /// could still store, the one it tries itself. Being the first request, or dying half-way, decides nothing.
 ///
 /// A repeat cannot tell a slot that was stored too late from another. It takes a coincidence: a publisher that died
@@ -33,100 +56,158 @@ pub struct IdempotencyKey<'a> {
 ///
 /// # Errors
 /// [`Error::Busy`]: nothing was published. [`Error::Store`]: nothing was published.
-/// [`Error::OutcomeUnknown`]: it may have been. [`Error::OnceUndecided`], [`Error::OnceExpired`],
-/// [`Error::OnceDiffers`]: not by this request.
-pub async fn publish(
+/// [`Error::OutcomeUnknown`]: it may have been, and so may the whole group. [`Error::OnceUndecided`],
+/// [`Error::OnceExpired`], [`Error::OnceDiffers`]: not by this request.
+pub async fn publish_group(
     store: &mut impl Store,
-    user: u64,
-    data: &[u8],
+    group: Vec<Publish<'_>>,
     ttl: u32,
-    key: Option<IdempotencyKey<'_>>,
-) -> Result<u64, Error> {
+    known: &mut Known,
+) -> Vec<Result<Vec<u64>, Error>> {
+    let mut group: Vec<Pending> = group.into_iter().map(Pending::new).collect();
+    if let Err(error) = publish_pending(store, &mut group, ttl, known).await {
+        for pending in group.iter_mut().filter(|pending| pending.answer.is_none()) {
+            pending.answer = Some(Err(error.clone()));
+        }
+    }
+    group.into_iter().filter_map(|pending| pending.answer).collect()
+}
+
+/// Answers all of a group, or returns why the rest of it cannot be.
+async fn publish_pending(
+    store: &mut impl Store,
+    group: &mut [Pending<'_>],
+    ttl: u32,
+    known: &mut Known,
+) -> Result<(), Error> {
     let stale = limits::STALE.min(Duration::from_secs(ttl.into()));
-    let mut record = key.map(IdempotencyRecord::new);
-    let mut trial = (data.len() > limits::TRIAL_BYTES).then(|| [&[b' '; limits::TRIAL_EXTRA], data].concat());
-    let mut known: Option<(Duration, Counter)> = None;
+    if group.iter().any(|pending| pending.record.is_some()) {
+        // What a record is compared with is read in the same write.
+        *known = None;
+    }
+    let bytes: usize = group.iter().flat_map(|pending| &pending.publish.messages).map(|message| message.len()).sum();
+    let mut trial = (bytes > limits::TRIAL_BYTES).then(|| {
+        let messages = group.iter().flat_map(|pending| &pending.publish.messages).copied();
+        messages.flat_map(|message| [&[b' '; limits::TRIAL_EXTRA], message].concat()).collect::<Vec<u8>>()
+    });
+    if trial.is_some() {
+        *known = None;
+    }
     for attempt in 1..=limits::TRIES {
         if attempt > 2 {
             // What was known before the pause is old by now.
             store.pause(limits::BACK_OFF * attempt).await;
-            known = None;
+            *known = None;
         }
-        let last = match known {
-            Some((read_at, last)) if store.now() - read_at < stale => last,
+        let last = match known.take() {
+            Some((read_at, last)) if store.now().saturating_sub(read_at) < stale => last,
             _ => {
                 let read_at = store.now();
-                let last = read_last(store, record.as_mut(), trial.take()).await?;
+                let last = read_last(store, records(group), trial.take()).await?;
                 if store.now() - read_at >= stale {
                     continue;
                 }
                 last
             }
         };
-        if let Some(record) = &mut record
-            && let Some(id) = record.find_published(store, user, data, ttl, last.value).await?
-        {
-            return Ok(id);
+        for pending in group.iter_mut().filter(|pending| pending.answer.is_none()) {
+            pending.answer = pending.find_published(store, ttl, last.value).await.transpose();
         }
-        let sender = slot::Sender { user, token: record.as_ref().map(|record| record.token) };
+        if group.iter().all(|pending| pending.answer.is_some()) {
+            return Ok(());
+        }
         let sent_at = store.now();
-        match claim(store, last, &slot::join(&sender, data), ttl, record.as_mut()).await? {
-            Claim::Published(id) => return Ok(id),
-            Claim::Taken(counter) => known = counter.map(|counter| (sent_at, counter)),
+        let (is_published, counter) = claim(store, last, group, ttl).await?;
+        *known = counter.map(|counter| (sent_at, counter));
+        if is_published {
+            return Ok(());
         }
     }
     Err(Error::Busy)
 }
 
-/// What came of one claim.
-enum Claim {
-    /// The message is published under this id.
-    Published(u64),
-    /// Another publisher was first. `last` as read behind the claim, where that is known.
-    Taken(Option<Counter>),
+/// One request of a group.
+struct Pending<'a> {
+    publish: Publish<'a>,
+    record: Option<IdempotencyRecord<'a>>,
+    answer: Option<Result<Vec<u64>, Error>>,
 }
 
-/// Claims the slot behind `last`, in one write.
+impl<'a> Pending<'a> {
+    fn new(publish: Publish<'a>) -> Self {
+        Pending { record: publish.key.map(IdempotencyRecord::new), publish, answer: None }
+    }
+
+    fn sender(&self) -> slot::Sender {
+        slot::Sender { user: self.publish.user, token: self.record.as_ref().map(|record| record.token) }
+    }
+
+    async fn find_published(&mut self, store: &mut impl Store, ttl: u32, last: u64) -> Result<Option<Vec<u64>>, Error> {
+        match &mut self.record {
+            Some(record) => record.find_published(store, &self.publish, ttl, last).await,
+            None => Ok(None),
+        }
+    }
+}
+
+/// The records of those requests of a group that are not answered yet.
+fn records<'g, 'a>(group: &'g mut [Pending<'a>]) -> Vec<&'g mut IdempotencyRecord<'a>> {
+    group.iter_mut().filter(|pending| pending.answer.is_none()).filter_map(|pending| pending.record.as_mut()).collect()
+}
+
+/// Claims the slot behind `last`, in one write, for all that are not answered yet: whether it is theirs, and they are
+/// answered. And `last` as read behind the claim, where that is known.
 async fn claim(
     store: &mut impl Store,
     last: Counter,
-    value: &[u8],
+    group: &mut [Pending<'_>],
     ttl: u32,
-    mut record: Option<&mut IdempotencyRecord<'_>>,
-) -> Result<Claim, Error> {
-    let id = last.value + 1;
+) -> Result<(bool, Option<Counter>), Error> {
+    let slot = last.value + 1;
+    let pending = || group.iter().filter(|pending| pending.answer.is_none());
+    let messages: Vec<(slot::Sender, &[u8])> = pending()
+        .flat_map(|pending| pending.publish.messages.iter().map(|&message| (pending.sender(), message)))
+        .collect();
+    let (value, count) = (slot::join(&messages), messages.len());
+    // A slot goes into the records before the messages go into the slot.
+    let keys: Vec<&str> = pending().filter_map(|pending| Some(pending.record.as_ref()?.key.name)).collect();
+    let mut batch: Vec<Op> = keys.iter().map(|key| Op::AppendRecord(key, slot)).collect();
     // Add before advance: `last` must never name a slot that is not there. A publisher that finds the slot taken
     // advances for its owner, who may have died. memcached's clock ticks once a second: an item lives up to one
     // second less than it was given.
-    let add = Op::Add { id, value, ttl: (ttl + 1).min(limits::TTL_MAX) };
-    let mut batch = vec![Op::Last, add, Op::Advance(last.cas), Op::Last, Op::Last];
-    if let Some(record) = &record {
-        // The id goes into the record before the message goes into the slot.
-        batch.insert(0, Op::AppendRecord(record.key.name, id));
-        batch.push(Op::Record(record.key.name));
-    }
+    let add = Op::Add { slot, value: &value, ttl: (ttl + 1).min(limits::TTL_MAX) };
+    batch.extend([Op::Last, add, Op::Advance(last.cas), Op::Last, Op::Last]);
+    batch.extend(keys.iter().map(|key| Op::Record(key)));
     let mut replies = store.run(&batch).await.map_err(|error| match error {
         StoreError::Late(_) => Error::Store(error),
-        // With a record it may be the record that was refused, and not the message.
-        StoreError::Full(_) | StoreError::ItemLimit(_) if record.is_none() => Error::Store(error),
+        // With a record it may be the record that was refused, and not the messages.
+        StoreError::Full(_) | StoreError::ItemLimit(_) if keys.is_empty() => Error::Store(error),
         _ => Error::OutcomeUnknown(error.to_string()),
     })?;
-    if let Some(record) = &mut record {
-        record.update(replies.pop());
-        record.passed += usize::from(replies.remove(0) == Reply::Stored);
+    let keys = keys.len();
+    let read = replies.split_off(keys + 5);
+    for ((record, appended), read) in records(group).into_iter().zip(replies.drain(..keys)).zip(read) {
+        record.update(read);
+        record.passed += usize::from(appended == Reply::Stored);
     }
-    Ok(match &replies[..] {
-        [_, Reply::Stored, Reply::Stored, ..] => Claim::Published(id),
-        // Another publisher moved `last`: over our message, if `last` had not moved before the message was stored.
-        [Reply::Counter(before), Reply::Stored, Reply::Taken, ..] if before.cas == last.cas => Claim::Published(id),
+    let counter = steady(&replies[3..]);
+    match &replies[..] {
+        [_, Reply::Stored, Reply::Stored, ..] => {}
+        // Another publisher moved `last`: over our slot, if `last` had not moved before the slot was stored.
+        [Reply::Counter(before), Reply::Stored, Reply::Taken, ..] if before.cas == last.cas => {}
         // `last` had moved before: polls have passed this slot, and what it held has expired since. Some will not see ours.
         [_, Reply::Stored, Reply::Taken, ..] => {
-            return Err(Error::OutcomeUnknown(format!("slot {id} was published before, and has expired since")));
+            return Err(Error::OutcomeUnknown(format!("slot {slot} was published before, and has expired since")));
         }
-        [_, Reply::Taken, _, twice @ ..] => Claim::Taken(steady(twice)),
+        [_, Reply::Taken, ..] => return Ok((false, counter)),
         // The counter was lost meanwhile: no poll will ever look at this slot.
-        _ => Claim::Taken(None),
-    })
+        _ => return Ok((false, None)),
+    }
+    let mut ids = slot::ids(slot, count);
+    for pending in group.iter_mut().filter(|pending| pending.answer.is_none()) {
+        pending.answer = Some(Ok(ids.by_ref().take(pending.publish.messages.len()).collect()));
+    }
+    Ok((true, counter))
 }
 
 /// What is known of the record of an idempotency key.
@@ -136,9 +217,9 @@ pub struct IdempotencyRecord<'a> {
     token: u64,
     /// This request was the first.
     pub(super) is_first: bool,
-    /// The ids tried for the key, by all requests.
-    ids: Vec<u64>,
-    /// How many of `ids` are not this send's: tried here in vain, or looked at.
+    /// The slots tried for the key, by all requests.
+    slots: Vec<u64>,
+    /// How many of `slots` are not this send's: tried here in vain, or looked at.
     passed: usize,
     /// Seconds since the first request, by memcached's clock.
     age: u32,
@@ -146,12 +227,12 @@ pub struct IdempotencyRecord<'a> {
 
 impl<'a> IdempotencyRecord<'a> {
     fn new(key: IdempotencyKey<'a>) -> Self {
-        IdempotencyRecord { key, token: key.token, is_first: false, ids: vec![], passed: 0, age: 0 }
+        IdempotencyRecord { key, token: key.token, is_first: false, slots: vec![], passed: 0, age: 0 }
     }
 
     /// Goes by the record as memcached has it; nothing changes where it expired just now, or was evicted.
-    pub(super) fn update(&mut self, reply: Option<Reply>) {
-        let Some(Reply::Record(text, left)) = reply else {
+    pub(super) fn update(&mut self, reply: Reply) {
+        let Reply::Record(text, left) = reply else {
             return;
         };
         let text = String::from_utf8_lossy(&text);
@@ -162,46 +243,51 @@ impl<'a> IdempotencyRecord<'a> {
             self.passed = 0;
         }
         self.token = token;
-        self.ids = numbers.collect();
+        self.slots = numbers.collect();
         self.age = self.key.ttl.saturating_sub(left);
     }
 
-    /// The id under which the send was published, as far as `last` and a record read after it can tell.
+    /// The ids under which the send was published, as far as `last` and a record read after it can tell.
     async fn find_published(
         &mut self,
         store: &mut impl Store,
-        user: u64,
-        data: &[u8],
+        publish: &Publish<'_>,
         ttl: u32,
         last: u64,
-    ) -> Result<Option<u64>, Error> {
-        if self.is_first && self.ids.len() <= self.passed && self.age <= ttl {
+    ) -> Result<Option<Vec<u64>>, Error> {
+        if self.is_first && self.slots.len() <= self.passed && self.age <= ttl {
             return Ok(None);
         }
-        if self.ids.len() > self.passed {
-            let ids: Vec<u64> = self.ids.iter().copied().filter(|&id| id <= last).collect();
+        if self.slots.len() > self.passed {
+            let slots: Vec<u64> = self.slots.iter().copied().filter(|&slot| slot <= last).collect();
             // The record again after them: its age tells whether a slot of this send would still have been there.
-            let slots = ids.iter().copied().map(Op::Get).chain([Op::Record(self.key.name)]);
-            let mut replies = store.run(&slots.collect::<Vec<_>>()).await?;
+            let batch = slots.iter().copied().map(Op::Get).chain([Op::Record(self.key.name)]);
+            let mut replies = store.run(&batch.collect::<Vec<_>>()).await?;
             let Some(Reply::Record(_, left)) = replies.pop() else {
                 return Err(Error::OnceUndecided);
             };
             self.age = self.key.ttl.saturating_sub(left);
-            let sender = slot::Sender { user, token: Some(self.token) };
-            for (id, reply) in ids.iter().zip(&replies) {
-                if let Reply::Value(value) = reply
-                    && let Some((found, start)) = slot::split(value)
-                    && found == sender
-                {
-                    return match value[start..] == *data {
+            let sender = slot::Sender { user: publish.user, token: Some(self.token) };
+            for (slot, reply) in slots.iter().zip(&replies) {
+                let Reply::Value(value) = reply else {
+                    continue;
+                };
+                let parts = slot::split(value).unwrap_or_default();
+                let ids = slot::ids(*slot, parts.len()).zip(&parts);
+                let ours: Vec<(u64, &[u8])> = ids
+                    .filter(|(_, (found, _))| *found == sender)
+                    .map(|(id, (_, range))| (id, &value[range.clone()]))
+                    .collect();
+                if !ours.is_empty() {
+                    return match ours.iter().map(|(_, message)| *message).eq(publish.messages.iter().copied()) {
                         // A publisher that slept may have stored it after the slot had expired, when polls were past it.
                         _ if self.age > ttl => Err(Error::OnceExpired),
-                        true => Ok(Some(*id)),
+                        true => Ok(Some(ours.into_iter().map(|(id, _)| id).collect())),
                         false => Err(Error::OnceDiffers),
                     };
                 }
             }
-            self.passed = ids.len();
+            self.passed = slots.len();
         }
         match self.age {
             age if age > ttl => Err(Error::OnceExpired),

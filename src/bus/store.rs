@@ -6,7 +6,7 @@
 use std::fmt;
 use std::time::Duration;
 
-/// One operation on a bus's keys: the counter `last`, and a slot per message id.
+/// One operation on a bus's keys: the counter `last`, and numbered slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op<'a> {
     /// Read `last` with its CAS token: [`Reply::Counter`] or [`Reply::Missing`]. Where it is written at the same
@@ -19,8 +19,8 @@ pub enum Op<'a> {
     Advance(u64),
     /// Write a slot that does not exist yet: [`Reply::Stored`] or [`Reply::Taken`].
     Add {
-        /// The slot.
-        id: u64,
+        /// Its number.
+        slot: u64,
         /// The sender, a space, the message.
         value: &'a [u8],
         /// Seconds, as memcached counts them.
@@ -44,7 +44,7 @@ pub enum Op<'a> {
         /// Seconds, as memcached counts them.
         ttl: u32,
     },
-    /// Append a space and an id to a record: [`Reply::Stored`] or [`Reply::Taken`], where there is none.
+    /// Append a space and a slot's number to a record: [`Reply::Stored`] or [`Reply::Taken`], where there is none.
     AppendRecord(&'a str, u64),
     /// Read a record: [`Reply::Record`] or [`Reply::Missing`].
     Record(&'a str),
@@ -74,7 +74,7 @@ pub enum Reply {
 /// `last` as read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counter {
-    /// Id of the newest message; at most [`crate::limits::MAX_ID`].
+    /// Number of the newest slot; at most [`crate::limits::MAX_SLOT`].
     pub value: u64,
     /// Changes with every write of the key.
     pub cas: u64,

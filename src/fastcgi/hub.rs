@@ -119,7 +119,7 @@ impl Subscriber {
     pub async fn poll(&mut self) -> Result<Option<Page>, bus::Error> {
         self.changed.mark_unchanged();
         let (last, epoch) = (self.hub.snapshot.borrow().last(), self.hub.snapshot.borrow().epoch());
-        if self.epoch == Some(epoch) && last.is_none_or(|last| last <= self.after) {
+        if self.epoch == Some(epoch) && last.is_none_or(|last| bus::last_id(last) <= self.after) {
             return Ok(None);
         }
         let (hub, after, except) = (&self.hub, self.after, self.except);

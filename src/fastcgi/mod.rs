@@ -31,21 +31,23 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::{sleep, timeout};
 
+use crate::bus::store::StoreError;
+use crate::bus::{self, Publish};
 use crate::config::{self, Config};
-use crate::http;
 use crate::http::error::Error;
 use crate::http::request::{self, Gateway};
 use crate::http::response::Response;
 use crate::http::waiting::Waiting;
+use crate::http::{self, Backend};
 use crate::limits;
 use crate::stores::memcached::codec::place;
-use crate::stores::memcached::pipelined::Pool;
+use crate::stores::memcached::pipelined::{Pipelined, Pool};
 use crate::stores::random_pause;
 use crate::variables::Variables;
 use codec::{Parameters, Request};
 use connection::Connection;
 use hub::Hubs;
-use publishers::PublishLocks;
+use publishers::Publishers;
 use waiting::Waiter;
 
 /// The socket to serve, if this process was started with one: fd 0, or systemd's first, fd 3 (sd_listen_fds(3)).
@@ -75,13 +77,14 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
         limits::CONNECTIONS.min(files().saturating_sub(limits::FILES_SPARE + limits::CONNECTIONS_REFUSED)).max(1);
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let pool = Rc::<Pool>::default();
+    let hubs = Rc::new(Hubs::new(pool.clone()));
     // Requests that wait leave room for those that do not.
     let waiting = connections - (connections / 8).max(1);
     let server = Server {
         argv0: argv0.to_vec(),
         environment: Variables::environment(),
-        hubs: Rc::new(Hubs::new(pool.clone())),
-        locks: Rc::default(),
+        publishers: Rc::new(Publishers::new(pool.clone(), hubs.clone())),
+        hubs,
         pool,
         places: Arc::new(Semaphore::new(connections)),
         refusals: Arc::new(Semaphore::new(limits::CONNECTIONS_REFUSED)),
@@ -114,7 +117,7 @@ struct Server {
     environment: Variables<'static>,
     pool: Rc<Pool>,
     hubs: Rc<Hubs>,
-    locks: Rc<PublishLocks>,
+    publishers: Rc<Publishers>,
     /// A permit for each connection that can be served.
     places: Arc<Semaphore>,
     /// A permit for each connection beyond these that can be told so.
@@ -217,7 +220,7 @@ impl Server {
             let variables = parameters.variables();
             match (variables.text("REQUEST_METHOD"), variables.text("CONTENT_LENGTH")) {
                 (b"GET", b"") => 0,
-                _ => self.config(&variables).map_or(0, |config| config.max_bytes),
+                _ => self.config(&variables).map_or(0, |config| request::body_limit(&variables, &config)),
             }
         };
         let mut connection = Connection::new(stream);
@@ -309,25 +312,26 @@ impl Server {
         }
         let variables = request.parameters.variables();
         let config = self.config(&variables);
-        let limit = config.as_ref().map_or(0, |config| config.max_bytes);
+        let limit = config.as_ref().map_or(0, |config| request::body_limit(&variables, config));
         let body = request::read_body(&variables, &request.body[..], limit);
-        let publishes = variables.text("REQUEST_METHOD") == b"POST";
-        let published = config.as_ref().ok().filter(|_| publishes).map(|config| place(&config.memcached, &config.bus));
-        let _guard = match &published {
-            Some(place) => Some(self.locks.acquire(place.clone()).await),
-            None => None,
-        };
-        let open = |config: &Config| Ok(self.pool.open(&place(&config.memcached, &config.bus)));
-        let response = http::answer(&variables, Gateway::FastCgi, config, body, open).await;
-        if let Some(place) = published.filter(|_| response.is_ok()) {
-            self.hubs.published(&place);
-        }
-        response
+        http::answer(&variables, Gateway::FastCgi, config, body, self).await
     }
 
     /// The settings of one request: of its parameters, else of the environment that this process was started with.
     fn config(&self, variables: &Variables) -> Result<Config, config::Error> {
         Config::read(variables, &self.environment, &self.argv0, limits::WAIT_MAX)
+    }
+}
+
+impl Backend for Server {
+    type Store = Pipelined;
+
+    fn open(&self, config: &Config) -> Result<Pipelined, StoreError> {
+        Ok(self.pool.open(&place(&config.memcached, &config.bus)))
+    }
+
+    async fn publish(&self, config: &Config, publish: Publish<'_>) -> Result<Vec<u64>, bus::Error> {
+        self.publishers.publish(place(&config.memcached, &config.bus), publish, config.ttl).await
     }
 }
 

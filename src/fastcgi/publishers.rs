@@ -1,48 +1,150 @@
-//! A lock for each bus: publishers on one bus in this process go one after the other. Without it they would only refuse
-//! each other's claims, again and again, and wait longer each time.
+//! Publishers on one bus at a time go together: while a claim is under way, those who come form the next group, which gets
+//! one slot. Alone they would only refuse each other's claims, again and again, and wait longer each time.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
-use std::sync::Arc;
 
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::{Notify, oneshot};
+use tokio::task::spawn_local;
 use tokio::time::timeout;
 
+use super::hub::Hubs;
 use crate::bus::name::Place;
+use crate::bus::{self, IdempotencyKey, Known, Publish};
 use crate::limits;
+use crate::stores::memcached::pipelined::Pool;
 
-/// The locks of the buses that somebody publishes on just now.
+/// The buses that somebody publishes on.
+pub struct Publishers {
+    pool: Rc<Pool>,
+    hubs: Rc<Hubs>,
+    buses: RefCell<HashMap<Place, Rc<Queue>>>,
+}
+
+/// What waits to be published on a bus.
 #[derive(Default)]
-pub struct PublishLocks {
-    buses: RefCell<HashMap<Place, Arc<Mutex<()>>>>,
+struct Queue {
+    waiting: RefCell<VecDeque<Waiting>>,
+    /// Something waits.
+    arrived: Notify,
+    /// `last`, as the latest claim left it.
+    known: RefCell<Known>,
 }
 
-/// A bus's lock, or at least the wait for it, until it is dropped.
-pub struct PublishGuard {
-    locks: Rc<PublishLocks>,
-    place: Place,
-    guard: Option<OwnedMutexGuard<()>>,
+/// A request of its own, as it outlives the connection that brought it.
+struct Waiting {
+    user: u64,
+    messages: Vec<Vec<u8>>,
+    /// An idempotency key's name, token and TTL.
+    key: Option<(String, u64, u32)>,
+    ttl: u32,
+    answer: oneshot::Sender<Result<Vec<u64>, bus::Error>>,
 }
 
-impl PublishLocks {
-    /// Waits for this bus's lock, but not for long: where the store is silent, no publisher waits for others' time-outs.
-    /// A publisher that goes on without the lock is one more publisher, as from another process.
-    pub async fn acquire(self: &Rc<PublishLocks>, place: Place) -> PublishGuard {
-        let lock = self.buses.borrow_mut().entry(place.clone()).or_default().clone();
-        let mut guard = PublishGuard { locks: self.clone(), place, guard: None };
-        guard.guard = timeout(limits::PUBLISH_LOCK, lock.lock_owned()).await.ok();
-        guard
+impl Waiting {
+    fn bytes(&self) -> usize {
+        self.messages.iter().map(|message| limits::SLOT_MESSAGE + message.len()).sum()
+    }
+
+    fn publish(&self) -> Publish<'_> {
+        let key = self.key.as_ref().map(|(name, token, ttl)| IdempotencyKey { name, token: *token, ttl: *ttl });
+        Publish { user: self.user, messages: self.messages.iter().map(|message| &message[..]).collect(), key }
     }
 }
 
-impl Drop for PublishGuard {
-    fn drop(&mut self) {
-        self.guard = None;
-        let mut buses = self.locks.buses.borrow_mut();
-        // Held by the map alone: the last publisher has left.
-        if buses.get(&self.place).is_some_and(|lock| Arc::strong_count(lock) == 1) {
-            buses.remove(&self.place);
+impl Publishers {
+    /// None yet.
+    pub fn new(pool: Rc<Pool>, hubs: Rc<Hubs>) -> Publishers {
+        Publishers { pool, hubs, buses: RefCell::default() }
+    }
+
+    /// Publishes on a bus, for `ttl` seconds.
+    ///
+    /// # Errors
+    /// As [`bus::publish`].
+    pub async fn publish(
+        self: &Rc<Publishers>,
+        place: Place,
+        publish: Publish<'_>,
+        ttl: u32,
+    ) -> Result<Vec<u64>, bus::Error> {
+        let (sender, answer) = oneshot::channel();
+        let waiting = Waiting {
+            user: publish.user,
+            messages: publish.messages.into_iter().map(<[u8]>::to_vec).collect(),
+            key: publish.key.map(|key| (key.name.into(), key.token, key.ttl)),
+            ttl,
+            answer: sender,
+        };
+        let queue = self
+            .buses
+            .borrow_mut()
+            .entry(place)
+            .or_insert_with_key(|place| {
+                let queue = Rc::<Queue>::default();
+                spawn_local(self.clone().serve(place.clone(), queue.clone()));
+                queue
+            })
+            .clone();
+        queue.waiting.borrow_mut().push_back(waiting);
+        queue.arrived.notify_one();
+        answer.await.unwrap_or_else(|_| Err(bus::Error::OutcomeUnknown("the process ends".into())))
+    }
+
+    /// Publishes one group after the other, for as long as `last` is still known.
+    async fn serve(self: Rc<Publishers>, place: Place, queue: Rc<Queue>) {
+        loop {
+            let group = queue.next_group();
+            if group.is_empty() {
+                if timeout(limits::STALE, queue.arrived.notified()).await.is_err() && queue.waiting.borrow().is_empty()
+                {
+                    self.buses.borrow_mut().remove(&place);
+                    return;
+                }
+                continue;
+            }
+            let claim = spawn_local(self.clone().publish_group(place.clone(), queue.clone(), group));
+            // Where the store is silent, no publisher waits for others' time-outs: the next group is one more publisher, as
+            // from another process.
+            let _ = timeout(limits::PUBLISH_LOCK, claim).await;
         }
     }
+
+    async fn publish_group(self: Rc<Publishers>, place: Place, queue: Rc<Queue>, group: Vec<Waiting>) {
+        let mut known = queue.known.take();
+        let publishes = group.iter().map(Waiting::publish).collect();
+        let answers = bus::publish_group(&mut self.pool.open(&place), publishes, group[0].ttl, &mut known).await;
+        queue.known.replace(known);
+        if answers.iter().any(Result::is_ok) {
+            self.hubs.published(&place);
+        }
+        for (waiting, answer) in group.into_iter().zip(answers) {
+            let _gone = waiting.answer.send(answer);
+        }
+    }
+}
+
+impl Queue {
+    /// What goes together from the front of the queue: as much as fits a slot, with one TTL, each idempotency key once.
+    fn next_group(&self) -> Vec<Waiting> {
+        let mut queue = self.waiting.borrow_mut();
+        let (mut group, mut messages, mut bytes) = (Vec::<Waiting>::new(), 0, 0);
+        while let Some(next) = queue.front() {
+            messages += next.messages.len() as u64;
+            bytes += next.bytes();
+            let differs = |other: &Waiting| other.ttl != next.ttl || next.key.is_some() && is_same_key(other, next);
+            let fits = messages <= limits::SLOT_MESSAGES && bytes <= limits::SLOT_BYTES && !group.iter().any(differs);
+            if !group.is_empty() && !fits {
+                break;
+            }
+            group.extend(queue.pop_front());
+        }
+        group
+    }
+}
+
+fn is_same_key(one: &Waiting, other: &Waiting) -> bool {
+    let name = |waiting: &Waiting| waiting.key.as_ref().map(|(name, ..)| name.clone());
+    name(one) == name(other)
 }

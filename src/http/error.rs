@@ -127,6 +127,16 @@ impl Error {
                 "too_large",
                 format!("The body is longer than the {limit} bytes this bus takes; SHORTBUS_MAX_BYTES sets that.").into(),
             ),
+            Error::Message(Message::NotBatch) => (
+                400,
+                "bad_batch",
+                format!("With batch=1 the body has to be an array of 1 to {} messages.", limits::SLOT_MESSAGES).into(),
+            ),
+            Error::Message(Message::TooLarge { limit }) => return Error::TooLarge { limit: *limit }.row(),
+            Error::Message(Message::Element(index, wrong)) => {
+                let (status, code, sentence) = Error::Message((**wrong).clone()).row();
+                return (status, code, format!("Element {index} of the batch: {sentence} Nothing was published.").into());
+            }
             Error::Message(Message::NotUtf8 { at }) => {
                 (400, "not_utf8", format!("The body is not UTF-8, as JSON has to be (byte {at}).").into())
             }

@@ -71,11 +71,11 @@ mod tests {
     #[test]
     fn a_message_with_line_ends_is_one_event() {
         let slots = [(7, "1 {\r\n\"a\":\r[\n\n1]}"), (9, "2 \"\\n\"")];
-        let messages = slots.map(|(id, slot)| crate::bus::Message::from_slot(id, slot.into()).unwrap());
+        let messages = slots.map(|(slot, value)| crate::bus::Message::from_slot(slot, value.into()).unwrap());
         let mut out = Vec::new();
-        let at = page(&mut out, &Page { messages: messages.into(), last_id: 10, missed: true }, 5);
-        let expected = "event: missed\ndata: 1\n\nid: 7\ndata: {\"id\":7,\"user\":1,\"data\":{\ndata: \"a\":\n\
-                        data: [\ndata: \ndata: 1]}}\n\nid: 9\ndata: {\"id\":9,\"user\":2,\"data\":\"\\n\"}\n\n";
-        assert_eq!((String::from_utf8(out).unwrap(), at), (expected.into(), 9));
+        let at = page(&mut out, &Page { messages: messages.concat(), last_id: 2560, missed: true }, 5);
+        let expected = "event: missed\ndata: 1\n\nid: 2047\ndata: {\"id\":2047,\"user\":1,\"data\":{\ndata: \"a\":\n\
+                        data: [\ndata: \ndata: 1]}}\n\nid: 2559\ndata: {\"id\":2559,\"user\":2,\"data\":\"\\n\"}\n\n";
+        assert_eq!((String::from_utf8(out).unwrap(), at), (expected.into(), 2559));
     }
 }

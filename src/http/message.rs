@@ -28,6 +28,33 @@ pub enum Error {
     TooDeep,
     /// A number in it is longer than [`limits::NUMBER_MAX`].
     LongNumber,
+    /// A batch is no array, or has too many elements or none.
+    NotBatch,
+    /// An element of a batch has more bytes than a message may.
+    TooLarge {
+        /// `SHORTBUS_MAX_BYTES`.
+        limit: usize,
+    },
+    /// What is wrong with an element of a batch, counted from 0.
+    Element(usize, Box<Error>),
+}
+
+/// Checks a body that is an array, and returns the values in it, each a message of at most `limit` bytes.
+///
+/// # Errors
+/// [`Error::NotBatch`] and those of [`check`]; [`Error::Element`] with what is wrong with one of them.
+pub fn check_batch<'a>(body: &'a [u8], limit: usize) -> Result<Vec<&'a [u8]>, Error> {
+    let array = checked(body)?;
+    let elements: Vec<&'a RawValue> = serde_json::from_slice(array).map_err(|_| Error::NotBatch)?;
+    if elements.is_empty() || elements.len() as u64 > limits::SLOT_MESSAGES {
+        return Err(Error::NotBatch);
+    }
+    let check = |(index, element): (usize, &'a RawValue)| {
+        let element = element.get().as_bytes();
+        let bound = if element.len() > limit { Err(Error::TooLarge { limit }) } else { bounded(element) };
+        bound.map(|()| element).map_err(|wrong| Error::Element(index, Box::new(wrong)))
+    };
+    elements.into_iter().enumerate().map(check).collect()
 }
 
 /// Checks a body and returns the value in it, without the white space around it.
@@ -38,6 +65,12 @@ pub enum Error {
 /// # Errors
 /// Each of [`Error`].
 pub fn check(body: &[u8]) -> Result<&[u8], Error> {
+    let value = checked(body)?;
+    bounded(value).map(|()| value)
+}
+
+/// The JSON value in a body.
+fn checked(body: &[u8]) -> Result<&[u8], Error> {
     let text = std::str::from_utf8(body).map_err(|error| Error::NotUtf8 { at: error.valid_up_to() })?;
     if text.starts_with('\u{feff}') {
         return Err(Error::ByteOrderMark);
@@ -46,7 +79,11 @@ pub fn check(body: &[u8]) -> Result<&[u8], Error> {
         why: error.to_string(),
         is_text: text.trim_start().starts_with(char::is_alphabetic),
     })?;
-    let value = value.get().as_bytes();
+    Ok(value.get().as_bytes())
+}
+
+/// Holds a value to what all readers can take.
+fn bounded(value: &[u8]) -> Result<(), Error> {
     let (depth, number) = measure(value);
     if depth > limits::DEPTH_MAX {
         return Err(Error::TooDeep);
@@ -54,7 +91,7 @@ pub fn check(body: &[u8]) -> Result<&[u8], Error> {
     if number > limits::NUMBER_MAX {
         return Err(Error::LongNumber);
     }
-    Ok(value)
+    Ok(())
 }
 
 /// Whether a checked value is a number: the only one whose beginning may be a value too.
@@ -131,10 +168,10 @@ mod tests {
     #[test]
     fn what_is_not_json_spoils_itself_alone() {
         let slots = [(1, "5 [1]"), (2, "5 {oops"), (3, "5 "), (4, "6.77 \"b\"")];
-        let messages = slots.map(|(id, slot)| Message::from_slot(id, slot.as_bytes().to_vec()).unwrap());
-        let page = readable(Page { messages: messages.into(), last_id: 4, missed: false });
+        let messages = slots.map(|(slot, value)| Message::from_slot(slot, value.as_bytes().to_vec()).unwrap());
+        let page = readable(Page { messages: messages.concat(), last_id: 4, missed: false });
         assert!(page.missed && page.last_id == 4);
-        let json = r#"[{"id":1,"user":5,"data":[1]},{"id":4,"user":6,"data":"b"}]"#;
+        let json = r#"[{"id":511,"user":5,"data":[1]},{"id":1279,"user":6,"data":"b"}]"#;
         assert_eq!(String::from_utf8(array(&page)).unwrap(), json);
     }
 }

@@ -28,7 +28,7 @@ use rand::rngs::SysRng;
 
 use crate::browser;
 use crate::bus::store::{Store, StoreError};
-use crate::bus::{self, IdempotencyKey, name};
+use crate::bus::{self, IdempotencyKey, Publish, name};
 use crate::config::{self, Auth, Config};
 use crate::limits;
 use crate::variables::Variables;
@@ -39,20 +39,41 @@ use response::Response;
 use signature::Signed;
 use waiting::Waiting;
 
-/// Serves one request; `open` connects to the bus's store where one is needed.
-pub async fn answer<S: Store>(
+/// What a front has for requests: stores.
+#[allow(async_fn_in_trait, reason = "each front is used by name, on one thread")]
+pub trait Backend {
+    /// A bus's keys.
+    type Store: Store;
+
+    /// Opens the store that a bus lives in.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    fn open(&self, config: &Config) -> Result<Self::Store, StoreError>;
+
+    /// Publishes; with others on the same bus, where that saves time.
+    ///
+    /// # Errors
+    /// As [`bus::publish`].
+    async fn publish(&self, config: &Config, publish: Publish<'_>) -> Result<Vec<u64>, bus::Error> {
+        bus::publish(&mut self.open(config)?, publish, config.ttl).await
+    }
+}
+
+/// Serves one request.
+pub async fn answer(
     variables: &Variables<'_>,
     gateway: Gateway,
     config: Result<Config, config::Error>,
     body: Result<Vec<u8>, Error>,
-    open: impl FnOnce(&Config) -> Result<S, StoreError>,
+    backend: &impl Backend,
 ) -> Response {
     let config = match config {
         Ok(config) => config,
         Err(error) => return refuse(&error.into()),
     };
     let request = Request::read(variables, gateway, &config);
-    let result = route(&request, &config, body, open).await;
+    let result = route(&request, &config, body, backend).await;
     let mut response = result.unwrap_or_else(|error| Response::error(&config.bus, &error));
     if response.is_server_error() && request.accepts_events() {
         response = response.into_events();
@@ -66,18 +87,18 @@ pub fn refuse(error: &Error) -> Response {
     Response::error(b"-", error)
 }
 
-async fn route<S: Store>(
+async fn route(
     request: &Request<'_>,
     config: &Config,
     body: Result<Vec<u8>, Error>,
-    open: impl FnOnce(&Config) -> Result<S, StoreError>,
+    backend: &impl Backend,
 ) -> Result<Response, Error> {
     match (request.path, request.method) {
         (b"", b"GET" | b"HEAD") => match request.poll_query()? {
-            None => join(&mut open(config)?, request, config).await,
-            Some(query) => poll(&mut open(config)?, request, query, config).await,
+            None => join(&mut backend.open(config)?, request, config).await,
+            Some(query) => poll(&mut backend.open(config)?, request, query, config).await,
         },
-        (b"", b"POST") => publish(request, config, body, open).await,
+        (b"", b"POST") => publish(request, config, body, backend).await,
         (b"", b"OPTIONS") => preflight(request, config),
         (b"", _) => Err(bad_method(request, METHODS)),
         _ => file(request),
@@ -86,7 +107,7 @@ async fn route<S: Store>(
 
 async fn join(store: &mut impl Store, request: &Request<'_>, config: &Config) -> Result<Response, Error> {
     let (id, user) = (bus::join(store).await?, random_id());
-    let mut json = format!("{{\"user\":{user},\"id\":{id}");
+    let mut json = format!("{{\"user\":{user},\"id\":{id},\"batch\":{}", limits::SLOT_MESSAGES);
     if request.wait > 0 {
         json.push_str(&format!(",\"wait\":{},\"stream\":{}", request.wait, request.streams));
     }
@@ -122,33 +143,38 @@ async fn poll(
     })
 }
 
-async fn publish<S: Store>(
+async fn publish(
     request: &Request<'_>,
     config: &Config,
     body: Result<Vec<u8>, Error>,
-    open: impl FnOnce(&Config) -> Result<S, StoreError>,
+    backend: &impl Backend,
 ) -> Result<Response, Error> {
     origin::check(request, config)?;
     let user = request.id("user")?.ok_or(Error::BadParameter("user", "is missing"))?;
+    let is_batch = request.flag("batch")?;
     let (body, once) = (body?, request.once()?);
-    let data = message::check(&body)?;
-    if message::is_number(data) && !request.has_length() {
+    let messages = match is_batch {
+        true => message::check_batch(&body, config.max_bytes)?,
+        false => vec![message::check(&body)?],
+    };
+    if !is_batch && message::is_number(messages[0]) && !request.has_length() {
         // A chunked body that broke off looks complete under Apache's CGI, now and then.
         return Err(Error::LengthRequired);
     }
-    let signed = match config.auth {
-        Auth::Open => None,
-        Auth::Signed(_) => Some(signed(request, user, once.as_deref(), &body)?),
-    };
-    let mut store = open(config)?;
-    if let Some(signed) = signed {
+    if let Auth::Signed(_) = config.auth {
+        let signed = signed(request, user, once.as_deref(), &body)?;
+        let mut store = backend.open(config)?;
         let key = signing_key(&mut store, config, false).await?;
         signed.check(key.as_deref(), &config.bus, store.unix_micros() / 1_000, config.clock_window())?;
     }
     let name = once.map(|once| format!("{user}:{once}"));
     let key = name.as_ref().map(|name| IdempotencyKey { name, token: random_id(), ttl: config.once_ttl() });
-    let id = bus::publish(&mut store, user, data, config.ttl, key).await?;
-    Ok(Response::json(format!("{{\"user\":{user},\"id\":{id}}}")))
+    let ids = backend.publish(config, Publish { user, messages, key }).await?;
+    let mut json = format!("{{\"user\":{user},\"id\":{}", ids.last().expect("an id for each message"));
+    if is_batch {
+        json.push_str(&format!(",\"ids\":{ids:?}").replace(' ', ""));
+    }
+    Ok(Response::json(json + "}"))
 }
 
 /// CORS (WHATWG Fetch): whether a page of another origin may publish.

@@ -120,7 +120,10 @@ impl<'a> Request<'a> {
     }
 
     /// A query parameter that is 0 or 1; no where it is missing.
-    fn flag(&self, name: &'static str) -> Result<bool, Error> {
+    ///
+    /// # Errors
+    /// [`Error::BadParameter`].
+    pub fn flag(&self, name: &'static str) -> Result<bool, Error> {
         match self.parameter(name)?.as_deref() {
             None | Some("0") => Ok(false),
             Some("1") => Ok(true),
@@ -170,6 +173,12 @@ impl<'a> Request<'a> {
             once => Ok(once),
         }
     }
+}
+
+/// Most bytes of a request's body.
+pub fn body_limit(variables: &Variables, config: &Config) -> usize {
+    let is_batch = form_urlencoded::parse(variables.text("QUERY_STRING")).any(|(name, _)| name == "batch");
+    if is_batch { limits::BATCH_BYTES.max(config.max_bytes) } else { config.max_bytes }
 }
 
 /// Reads a request's body from `input`, keeping at most `limit` bytes; none for a GET without one.

@@ -103,7 +103,11 @@ impl Response {
     pub fn error(bus: &[u8], error: &Error) -> Response {
         let (status, code, sentence) = error.row();
         let message = serde_json::Value::from(&sentence[..]);
-        let mut response = Response::json(format!("{{\"error\":\"{code}\",\"message\":{message}}}"));
+        let element = match error {
+            Error::Message(message::Error::Element(index, _)) => format!(",\"element\":{index}"),
+            _ => String::new(),
+        };
+        let mut response = Response::json(format!("{{\"error\":\"{code}\",\"message\":{message}{element}}}"));
         response.status = status;
         match error {
             Error::BadMethod(_, allowed) => response.header("Allow", allowed),

@@ -12,16 +12,17 @@ use crate::variables::whole_number;
 
 /// What asks memcached for `op`.
 pub fn command(prefix: &str, op: &Op) -> MetaCommand {
-    let slot = |id: &u64| format!("{prefix}{id}");
+    let slot = |number: &u64| format!("{prefix}{number}");
     // A slot's key is a number, a record's has a colon.
     let named = |name: &str| format!("{prefix}{name}");
-    let last = || named("last");
+    // Not "last", which counted messages before 1.0.
+    let last = || named("newest");
     match op {
         Op::Last => MetaCommand::new(MetaOp::Get, last()).flag("v").flag("c"),
         Op::Create(start) => MetaCommand::new(MetaOp::Set, last()).flag("ME").value(start.to_string()),
         Op::Advance(cas) => MetaCommand::new(MetaOp::Arithmetic, last()).flag(format!("C{cas}")),
-        Op::Add { id, value, ttl } => {
-            MetaCommand::new(MetaOp::Set, slot(id)).flag("ME").flag(format!("T{ttl}")).value(*value)
+        Op::Add { slot: number, value, ttl } => {
+            MetaCommand::new(MetaOp::Set, slot(number)).flag("ME").flag(format!("T{ttl}")).value(*value)
         }
         // No slot, no record, nor any other key of a bus is called so.
         Op::Trial(value) => MetaCommand::new(MetaOp::Set, named("trial")).flag("T1").value(*value),
@@ -160,7 +161,7 @@ pub fn replies(server: &str, batch: &[Op<'_>], responses: Vec<Parts>) -> Result<
 fn reply(op: &Op, (rc, number, value): Parts) -> Option<Reply> {
     match (op, rc) {
         (Op::Last, ReturnCode::Va) => {
-            let value = whole_number(&value?).filter(|&value| value < limits::MAX_ID)?;
+            let value = whole_number(&value?).filter(|&value| value < limits::MAX_SLOT)?;
             Some(Reply::Counter(Counter { value, cas: number? }))
         }
         (Op::Get(_) | Op::SigningKey, ReturnCode::Va) => value.map(Reply::Value),

@@ -36,9 +36,15 @@ use crate::stores::{random_pause, unix_micros};
 type Result<T> = std::result::Result<T, StoreError>;
 
 /// The connections of this process, by the servers' addresses.
-#[derive(Default)]
 pub struct Pool {
     servers: RefCell<HashMap<String, Link>>,
+    began: Instant,
+}
+
+impl Default for Pool {
+    fn default() -> Pool {
+        Pool { servers: RefCell::default(), began: Instant::now() }
+    }
 }
 
 enum Link {
@@ -350,8 +356,9 @@ impl Store for Pipelined {
         sleep(random_pause(longest)).await;
     }
 
+    /// The same for all requests: what one read another may go by.
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        self.pool.began.elapsed()
     }
 
     fn unix_micros(&self) -> u64 {
