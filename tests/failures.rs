@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::fixtures::daemon::{Folder, wait_for};
 use crate::fixtures::fronts::Front;
-use crate::fixtures::memcached::{LEASE_OVER, Memcached};
+use crate::fixtures::memcached::{LEASE_OVER, Memcached, STEP};
 use crate::fixtures::signer::unix_millis;
 use crate::fixtures::site::Site;
 
@@ -138,7 +138,7 @@ fn a_publish_whose_end_is_unknown_says_so(front: Front) {
         let mut reader = BufReader::new(stream);
         for _ in 0..2 {
             reader.read_line(&mut String::new()).unwrap();
-            writer.write_all(b"VA 16 c7\r\n1700000000000000\r\n").unwrap();
+            writer.write_all(b"VA 13 c7\r\n7000000000000\r\n").unwrap();
         }
         reader.read_line(&mut String::new()).unwrap();
         (writer, reader)
@@ -263,7 +263,7 @@ fn a_publish_whose_end_is_unknown_is_told_or_made_by_its_repeat(front: Front) {
     let site = Site::on(front, memcached, &settings);
     site.copy("chat");
     let (_, start) = site.join("chat");
-    for ((way, arrives, _), id) in ways.into_iter().zip(start + 1..) {
+    for ((way, arrives, _), id) in ways.into_iter().zip((start + STEP..).step_by(STEP as usize)) {
         let post = |bus| site.post(&format!("{bus}?user=1&once={way}"), format!("\"{way}\""));
         assert_eq!(post(way).outcome(), (503, "outcome_unknown".into()), "{way}");
         if !arrives {

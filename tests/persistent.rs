@@ -15,7 +15,7 @@ use crate::fixtures::fastcgi_client::{
 use crate::fixtures::fastcgi_server::{Bus, Worker, copy};
 use crate::fixtures::fronts::Front;
 use crate::fixtures::http_client::Reply;
-use crate::fixtures::memcached::Memcached;
+use crate::fixtures::memcached::{Memcached, STEP};
 use crate::fixtures::site::Site;
 
 /// More than any wake-up takes, less than any wait.
@@ -183,18 +183,18 @@ fn a_poll_waits_until_there_is_a_message_of_another() {
     thread::sleep(Duration::from_millis(300));
     bus.publish(1, "\"own\"");
     thread::sleep(Duration::from_millis(300));
-    assert_eq!(bus.publish(2, "\"other\""), id + 2);
+    assert_eq!(bus.publish(2, "\"other\""), id + 2 * STEP);
     let answer = client.answer();
     assert_eq!(
         (data(&answer.reply), answer.reply.header("shortbus-last-id")),
-        (vec!["other".into()], Some(&*(id + 2).to_string()))
+        (vec!["other".into()], Some(&*(id + 2 * STEP).to_string()))
     );
     assert!((Duration::from_millis(600)..Duration::from_millis(600) + SOON).contains(&started.elapsed()));
     // With a message there it does not wait; nor where nobody lets it.
     let started = Instant::now();
     assert_eq!(data(&bus.ask("GET", &format!("id={id}&wait=60"), "").reply).len(), 2);
-    assert_eq!(data(&bus.ask("GET", &format!("id={}&wait=0", id + 2), "").reply).len(), 0);
-    assert_eq!(data(&bus.ask("GET", &format!("id={}", id + 2), "").reply).len(), 0);
+    assert_eq!(data(&bus.ask("GET", &format!("id={}&wait=0", id + 2 * STEP), "").reply).len(), 0);
+    assert_eq!(data(&bus.ask("GET", &format!("id={}", id + 2 * STEP), "").reply).len(), 0);
     assert_eq!(bus.ask("GET", &format!("id={id}&wait=x"), "").reply.outcome(), (400, "bad_parameter".into()));
     assert!(started.elapsed() < SOON);
 }
@@ -356,7 +356,7 @@ fn sigterm_leaves_nothing_unanswered_that_has_arrived() {
     kept.ask("POST", "user=1", &[], b"1");
     bus.worker.daemon.signal("TERM");
     bus.worker.daemon.signal("CONT");
-    assert_eq!(kept.answer().reply.text(), format!("{{\"user\":1,\"id\":{}}}", id + 1));
+    assert_eq!(kept.answer().reply.text(), format!("{{\"user\":1,\"id\":{}}}", id + STEP));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::fixtures::daemon::wait_for;
 use crate::fixtures::fronts::Front;
 use crate::fixtures::http_client::{Reply, encode};
-use crate::fixtures::memcached::{LEASE_OVER, Memcached, RECORD};
+use crate::fixtures::memcached::{LEASE_OVER, Memcached, RECORD, STEP};
 use crate::fixtures::site::Site;
 
 on_every_front! {
@@ -56,6 +56,8 @@ on_every_front! {
     a_slash_behind_the_name_is_the_bus_where_only_it_can_be_meant
     an_event_source_comes_back_and_begins_where_it_should
     a_named_origin_may_send_the_headers_it_asks_for
+    a_batch_is_published_whole_and_in_order
+    a_batch_that_cannot_be_published_names_the_element
 }
 
 #[track_caller]
@@ -136,7 +138,7 @@ fn a_value_comes_back_byte_for_byte(front: Front) {
     }
     site.publish("chat", user, " \r\n\t7 \n");
     let reply = site.get(&format!("chat?id={start}"));
-    let expected: Vec<String> = (values.iter().chain(&["7"]).zip(start + 1..))
+    let expected: Vec<String> = (values.iter().chain(&["7"]).zip((start + STEP..).step_by(STEP as usize)))
         .map(|(value, id)| format!("{{\"id\":{id},\"user\":{user},\"data\":{value}}}"))
         .collect();
     assert_eq!(reply.text(), format!("[{}]", expected.join(",")));
@@ -278,16 +280,16 @@ fn replies_carry_the_contracts_headers(front: Front) {
     let json = join.json();
     let names = json.as_object().unwrap().keys().collect::<Vec<_>>();
     match front.can_wait() {
-        true => assert_eq!(names, ["id", "stream", "user", "wait"]),
-        false => assert_eq!(names, ["id", "user"]),
+        true => assert_eq!(names, ["batch", "id", "stream", "user", "wait"]),
+        false => assert_eq!(names, ["batch", "id", "user"]),
     }
-    for name in ["id", "user"] {
+    for name in ["batch", "id", "user"] {
         assert!(json[name].as_u64().is_some_and(|number| number < 1 << 53), "{json}");
     }
     assert_ne!(site.join("chat").0, site.join("chat").0);
     let id = site.join("chat").1;
     let post = site.post("chat?user=9007199254740991", "1");
-    assert_eq!(post.text(), format!("{{\"user\":9007199254740991,\"id\":{}}}", id + 1));
+    assert_eq!(post.text(), format!("{{\"user\":9007199254740991,\"id\":{}}}", id + STEP));
     let poll = site.get(&format!("chat?id={id}"));
     let (refused, gone) = (site.get("chat?id="), site.get("gone"));
     let method = site.request("DELETE", "chat", &[], b"");
@@ -538,21 +540,21 @@ fn a_reply_is_limited_and_the_rest_comes_next(front: Front) {
         let body = format!("\"{}\"", "x".repeat(size));
         // Publishing over HTTP would take minutes: the slots as a publish leaves them, straight to memcached.
         let mut commands = String::new();
-        for id in start + 1..=start + count {
-            commands.push_str(&format!("ms shortbus:{bus}:{id} {} T60 q\r\n1 {body}\r\n", body.len() + 2));
+        for slot in start / STEP + 1..=start / STEP + count {
+            commands.push_str(&format!("ms shortbus:{bus}:{slot} {} T60 q\r\n1 {body}\r\n", body.len() + 2));
         }
-        site.memcached.ask(format!("{commands}ma shortbus:{bus}:last D{count}\r\n"));
+        site.memcached.ask(format!("{commands}ma shortbus:{bus}:newest D{count}\r\n"));
         let mut heard = 0;
         let mut at = start;
         for expected in [most, count - most, 0] {
             let reply = site.get(&format!("{bus}?id={at}"));
             let ids: Vec<u64> = polled(&reply).iter().map(|message| message["id"].as_u64().unwrap()).collect();
-            assert_eq!(ids, (at + 1..=at + expected).collect::<Vec<_>>());
+            assert_eq!(ids, (1..=expected).map(|n| at + n * STEP).collect::<Vec<_>>());
             assert!(reply.body.len() <= 1 << 20 && !missed(&reply));
             at = cursor(&reply);
             heard += expected;
         }
-        assert_eq!((heard, at), (count, start + count));
+        assert_eq!((heard, at), (count, start + count * STEP));
     }
 }
 
@@ -571,7 +573,7 @@ fn a_cursor_far_behind_gets_what_lives(front: Front) {
         let reply = site.get(&format!("chat?id={from}"));
         let heard: Vec<u64> = polled(&reply).iter().map(|message| message["data"].as_u64().unwrap()).collect();
         assert_eq!(heard, (0..50).collect::<Vec<_>>(), "from {from}");
-        assert_eq!((cursor(&reply), missed(&reply)), (start + 50, from != start));
+        assert_eq!((cursor(&reply), missed(&reply)), (start + 50 * STEP, from != start));
     }
 }
 
@@ -594,7 +596,7 @@ fn a_lost_counter_comes_back_higher(front: Front) {
     let site = Site::start(front);
     site.copy("chat");
     let old = site.publish("chat", 1, "\"before\"");
-    assert!(site.memcached.ask("md shortbus:chat:last\r\n").starts_with("HD"));
+    assert!(site.memcached.ask("md shortbus:chat:newest\r\n").starts_with("HD"));
     let reply = site.get(&format!("chat?id={old}"));
     assert_eq!((reply.text(), cursor(&reply)), ("[]", old));
     let new = site.publish("chat", 1, "\"after\"");
@@ -610,9 +612,9 @@ fn a_counter_that_came_back_lower_is_followed(front: Front) {
     let site = Site::start(front);
     site.copy("chat");
     let old = site.publish("chat", 1, "\"before\"");
-    site.memcached.ask("md shortbus:chat:last\r\nms shortbus:chat:last 7\r\n1000000\r\n");
+    site.memcached.ask("md shortbus:chat:newest\r\nms shortbus:chat:newest 7\r\n1000000\r\n");
     let new = site.publish("chat", 1, "\"after\"");
-    assert_eq!(new, 1_000_001);
+    assert_eq!(new / STEP, 1_000_001);
     let reply = site.get(&format!("chat?id={old}"));
     assert_eq!(polled(&reply), [json!({"id": new, "user": 1, "data": "after"})]);
     assert_eq!((cursor(&reply), missed(&reply)), (new, true));
@@ -949,7 +951,7 @@ fn each_bus_lives_on_one_of_several_memcacheds(front: Front) {
         // All of a bus is in one place.
         let places: Vec<bool> = (pool.iter())
             .map(|memcached| {
-                let found = memcached.ask(format!("mg shortbus:{bus}:last\r\nmg shortbus:{bus}:{id}\r\n"));
+                let found = memcached.ask(format!("mg shortbus:{bus}:newest\r\nmg shortbus:{bus}:{}\r\n", id / STEP));
                 assert!(["HD\r\nHD\r\n", "EN\r\nEN\r\n"].contains(&&found[..]), "{found}");
                 found.starts_with("HD")
             })
@@ -968,7 +970,7 @@ fn a_send_made_again_is_one_message_with_one_answer(front: Front) {
     site.copy("other");
     let (_, start) = site.join("chat");
     let first = site.post("chat?user=1&once=k", "\"a\"");
-    assert_eq!(first.text(), format!("{{\"user\":1,\"id\":{}}}", start + 1));
+    assert_eq!(first.text(), format!("{{\"user\":1,\"id\":{}}}", start + STEP));
     // Also with another message in between, in other words for the same, and with white space that is not the value's.
     site.publish("chat", 2, "0");
     for target in ["chat?user=1&once=k", "chat?once=%6b&user=01&time=x&sig=x", "chat?user=1&on%63e=k"] {
@@ -985,10 +987,10 @@ fn a_send_made_again_is_one_message_with_one_answer(front: Front) {
     // Another user's, another name, another bus, or none: another message.
     let others = ["chat?user=2&once=k", "chat?user=1&once=K", "chat?user=11&once=k", "chat?user=1", "chat?user=1"];
     let ids: Vec<u64> = others.iter().map(|target| site.post(target, "\"a\"").json()["id"].as_u64().unwrap()).collect();
-    assert_eq!(ids, (start + 3..start + 8).collect::<Vec<_>>());
+    assert_eq!(ids, (3..8).map(|n| start + n * STEP).collect::<Vec<_>>());
     assert_eq!(site.post("other?user=1&once=k", "\"b\"").status, 200);
     let heard = polled(&site.get(&format!("chat?id={start}")));
-    assert_eq!(heard[0], json!({"id": start + 1, "user": 1, "data": "a"}));
+    assert_eq!(heard[0], json!({"id": start + STEP, "user": 1, "data": "a"}));
     assert_eq!(heard.len(), 7);
 }
 
@@ -1038,7 +1040,7 @@ fn a_send_made_many_times_at_the_same_moment_is_one_message(front: Front) {
             site.memcached.ask(format!("ms shortbus:chat:1:k{round} 1 T{LEASE_OVER}\r\n7\r\n"));
         }
         let replies = site.at_once(8, |n| site.post(&target, ["\"a\"", "\"b\""][n % bodies]));
-        let id = start + 1 + round as u64;
+        let id = start + (1 + round as u64) * STEP;
         let heard = polled(&site.get(&format!("chat?id={}", id - 1)));
         assert_eq!(heard.len(), 1, "{heard:?}");
         let told = format!("{{\"user\":1,\"id\":{id}}}");
@@ -1072,15 +1074,15 @@ fn a_send_whose_first_request_died_is_one_message_all_the_same(front: Front) {
         ("outrun-unadvanced", &[1], Some("1.8"), false, false, 2),
     ] {
         let (_, last) = site.join("chat");
-        let record = format!("7{}", noted.iter().map(|n| format!(" {}", last + n)).collect::<String>());
+        let record = format!("7{}", noted.iter().map(|n| format!(" {}", last / STEP + n)).collect::<String>());
         let key = format!("shortbus:chat:1:{once}");
         site.memcached.ask(format!("ms {key} {} T{RECORD}\r\n{record}\r\n", record.len()));
         if let Some(sender) = slot {
             let value = format!("{sender} \"{once}\"");
-            site.memcached.ask(format!("ms shortbus:chat:{} {} T61\r\n{value}\r\n", last + 1, value.len()));
+            site.memcached.ask(format!("ms shortbus:chat:{} {} T61\r\n{value}\r\n", last / STEP + 1, value.len()));
         }
         if advanced {
-            site.memcached.ask("ma shortbus:chat:last\r\n");
+            site.memcached.ask("ma shortbus:chat:newest\r\n");
         }
         let again = || site.post(&format!("chat?user=1&once={once}"), format!("\"{once}\""));
         if !at_once {
@@ -1088,7 +1090,7 @@ fn a_send_whose_first_request_died_is_one_message_all_the_same(front: Front) {
             site.memcached.ask(format!("mg {key} T{LEASE_OVER}\r\n"));
         }
         for _ in 0..2 {
-            assert_eq!(again().text(), format!("{{\"user\":1,\"id\":{}}}", last + id), "{once}");
+            assert_eq!(again().text(), format!("{{\"user\":1,\"id\":{}}}", last + id * STEP), "{once}");
         }
         let heard = polled(&site.get(&format!("chat?id={last}")));
         let own = heard.iter().filter(|message| message["user"] == 1 && message["data"] == once).count();
@@ -1119,7 +1121,7 @@ fn a_send_can_be_made_again_after_the_lease_and_not_after_the_ttl(front: Front) 
     }
     let [died, brief] = told;
     let published = |id: u64| format!("{{\"user\":1,\"id\":{id}}}");
-    assert!(died[0].0.contains("once_undecided") && died[1].0 == published(start + 1), "{died:?}");
+    assert!(died[0].0.contains("once_undecided") && died[1].0 == published(start + STEP), "{died:?}");
     assert!((1.5..4.5).contains(&died[1].1), "{died:?}");
     assert!(brief[0].0.contains("\"id\":") && brief[1].0.contains("once_expired"), "{brief:?}");
     assert!((0.9..3.5).contains(&brief[1].1), "{brief:?}");
@@ -1295,4 +1297,73 @@ fn a_named_origin_may_send_the_headers_it_asks_for(front: Front) {
     let reply = site.request("GET", "named", &[("Origin", friend)], b"");
     assert_eq!(reply.header("access-control-allow-origin"), Some(friend));
     assert_eq!(reply.header("access-control-allow-credentials"), Some("true"));
+}
+
+fn a_batch_is_published_whole_and_in_order(front: Front) {
+    let site = Site::with(front, &[("large", &[("SHORTBUS_MAX_BYTES", "1000000")])]);
+    site.copy("chat");
+    assert_eq!(site.get("chat").json()["batch"], 256);
+    let (_, start) = site.join("chat");
+    let values = ["1", "\"a\"", "{ \"b\" : [2] }", "null", "1e400", "\"\\ud800\""];
+    let body = format!(" [ {} ] ", values.join(" ,\n"));
+    let reply = site.post("chat?user=7&batch=1&once=k", &body);
+    let json = reply.json();
+    let ids: Vec<u64> = serde_json::from_value(json["ids"].clone()).unwrap();
+    assert_eq!((reply.status, &json["user"], ids.last()), (200, &json!(7), json["id"].as_u64().as_ref()), "{reply:?}");
+    assert!(ids.len() == values.len() && ids.is_sorted() && ids[0] > start, "{ids:?}");
+    // A repeat is told the same, also as one of many at the same moment; another body is another message.
+    assert_eq!(site.post("chat?user=7&batch=1&once=k", &body).text(), reply.text());
+    assert_outcome(&site.post("chat?user=7&batch=1&once=k", "[1]"), 409, "once_differs");
+    assert_outcome(&site.post("chat?user=7&once=k", "1"), 409, "once_differs");
+    let array = |first: usize| {
+        let rows = ids.iter().zip(values).skip(first);
+        let rows: Vec<String> =
+            rows.map(|(id, value)| format!("{{\"id\":{id},\"user\":7,\"data\":{value}}}")).collect();
+        format!("[{}]", rows.join(","))
+    };
+    for (first, after) in [start].iter().chain(&ids).enumerate() {
+        let reply = site.get(&format!("chat?id={after}"));
+        assert_eq!((reply.text(), cursor(&reply), missed(&reply)), (&array(first)[..], ids[5], false));
+    }
+    assert_eq!(site.get(&format!("chat?user=7&id={start}")).text(), "[]");
+    // What follows a cursor inside a slot that has gone was missed; after the slot nothing was.
+    assert!(site.memcached.ask(format!("md shortbus:chat:{}\r\n", ids[0] / STEP)).starts_with("HD"));
+    assert!(missed(&site.get(&format!("chat?id={}", ids[4]))));
+    assert!(!missed(&site.get(&format!("chat?id={}", ids[5]))));
+    // The largest: 256 messages, a megabyte.
+    let many = format!("[{}]", vec!["7"; 256].join(","));
+    assert_eq!(site.post("chat?user=1&batch=1", &many).json()["ids"].as_array().unwrap().len(), 256);
+    let large = format!("[\"{}\",\"{}\"]", "x".repeat(499_000), "y".repeat(500_990));
+    assert_eq!(large.len(), 999_997);
+    let ids = site.post("large?user=1&batch=1", &large).json()["ids"].clone();
+    let heard = polled(&site.get(&format!("large?id={}", ids[0].as_u64().unwrap() - 1)));
+    assert_eq!(heard.len(), 2);
+}
+
+fn a_batch_that_cannot_be_published_names_the_element(front: Front) {
+    let site = Site::start(front);
+    site.copy("chat");
+    let (_, start) = site.join("chat");
+    let text = |bytes: usize| String::from_utf8(text_of(bytes)).unwrap();
+    let deep = "[".repeat(129) + &"]".repeat(129);
+    for (body, status, code, element) in [
+        (format!("[1,{}]", text(10_241)), 413, "too_large", Some(1)),
+        (format!("[{deep},1]"), 400, "too_deep", Some(0)),
+        (format!("[1,2,{}]", "9".repeat(1_001)), 400, "number_too_long", Some(2)),
+        ("[]".into(), 400, "bad_batch", None),
+        ("{\"a\":1}".into(), 400, "bad_batch", None),
+        ("7".into(), 400, "bad_batch", None),
+        (format!("[{}]", vec!["1"; 257].join(",")), 400, "bad_batch", None),
+        ("[1,]".into(), 400, "not_json", None),
+        (format!("[{}]", vec![text(10_240); 98].join(",")), 413, "too_large", None),
+    ] {
+        let reply = site.post("chat?user=1&batch=1", body);
+        assert_outcome(&reply, status, code);
+        assert_eq!(reply.json().get("element").and_then(Value::as_u64), element, "{reply:?}");
+    }
+    assert_outcome(&site.post("chat?user=1&batch=2", "[1]"), 400, "bad_parameter");
+    assert_eq!(site.get(&format!("chat?id={start}")).text(), "[]");
+    // Without it an array is a message.
+    assert_eq!(site.post("chat?user=1&batch=0", "[1,2]").status, 200);
+    assert_eq!(polled(&site.get(&format!("chat?id={start}")))[0]["data"], json!([1, 2]));
 }

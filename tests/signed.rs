@@ -14,6 +14,7 @@ use shortbus::http::signature::{Signed, secret};
 use crate::fixtures::daemon::wait_for;
 use crate::fixtures::fronts::Front;
 use crate::fixtures::http_client::{Reply, decode};
+use crate::fixtures::memcached::STEP;
 use crate::fixtures::signer::{Signer, base64url_hmac, unix_millis};
 use crate::fixtures::site::Site;
 
@@ -55,7 +56,7 @@ fn a_join_gives_a_secret_by_which_its_user_publishes_to_all(front: Front) {
     let site = Site::with(front, &[("chat", &[SIGNED, ("SHORTBUS_BUS", "π & a")]), ("keyed", &[SIGNED, KEY])]);
     for (bus, name) in [("chat", "%CF%80%20%26%20a"), ("keyed", "keyed")] {
         let joined = site.get(bus).json();
-        let keys = joined.as_object().unwrap().keys().filter(|key| !["wait", "stream"].contains(&&key[..]));
+        let keys = joined.as_object().unwrap().keys().filter(|key| !["wait", "stream", "batch"].contains(&&key[..]));
         assert_eq!(keys.collect::<Vec<_>>(), ["bus", "id", "secret", "user"]);
         let start = joined["id"].as_u64().unwrap();
         let (one, two) = (site.join_signed(bus), site.join_signed(bus));
@@ -63,16 +64,16 @@ fn a_join_gives_a_secret_by_which_its_user_publishes_to_all(front: Front) {
         assert!(one.user != two.user && one.secret != two.secret);
         assert_eq!(
             send(&site, bus, &one, "k", "\"a\"").text(),
-            format!("{{\"user\":{},\"id\":{}}}", one.user, start + 1)
+            format!("{{\"user\":{},\"id\":{}}}", one.user, start + STEP)
         );
         assert_eq!(
             send(&site, bus, &two, "k", "\"b\"").text(),
-            format!("{{\"user\":{},\"id\":{}}}", two.user, start + 2)
+            format!("{{\"user\":{},\"id\":{}}}", two.user, start + 2 * STEP)
         );
         let heard = |query: &str| site.get(&format!("{bus}?{query}id={start}")).json();
         let (a, b) = (
-            json!({"id": start + 1, "user": one.user, "data": "a"}),
-            json!({"id": start + 2, "user": two.user, "data": "b"}),
+            json!({"id": start + STEP, "user": one.user, "data": "a"}),
+            json!({"id": start + 2 * STEP, "user": two.user, "data": "b"}),
         );
         assert_eq!(heard(""), json!([a, b]));
         assert_eq!(heard("user=7&"), json!([a, b]));
@@ -243,7 +244,7 @@ fn a_replay_is_a_repeat(front: Front) {
     let (user, other, start) = (site.join_signed("chat"), site.join_signed("chat"), site.join("chat").1);
     let query = user.query(unix_millis(), "k", "1");
     let first = site.post(&format!("chat?{query}"), "1");
-    assert_eq!(first.text(), format!("{{\"user\":{},\"id\":{}}}", user.user, start + 1));
+    assert_eq!(first.text(), format!("{{\"user\":{},\"id\":{}}}", user.user, start + STEP));
     let mut replays = vec![site.post(&format!("chat?{query}"), "1")];
     replays.extend(site.at_once(8, |_| site.post(&format!("chat?{query}"), "1")));
     // With a time and a signature of its own it is the same send still.
@@ -255,15 +256,15 @@ fn a_replay_is_a_repeat(front: Front) {
     assert_outcome(&site.post(&format!("other?{query}"), "1"), 403, "signature_wrong");
     let stolen = query.replace(&user.user.to_string(), &other.user.to_string());
     assert_outcome(&site.post(&format!("chat?{stolen}"), "1"), 403, "signature_wrong");
-    assert_eq!((site.join("chat").1, site.get("other?id=0").text()), (start + 1, "[]"));
+    assert_eq!((site.join("chat").1, site.get("other?id=0").text()), (start + STEP, "[]"));
     assert_outcome(&send(&site, "chat", &other, "k", "1"), 200, "");
     // A first that is many at once.
     let query = user.query(unix_millis(), "k2", "1");
     let replies = site.at_once(8, |_| site.post(&format!("chat?{query}"), "1"));
-    let told = format!("{{\"user\":{},\"id\":{}}}", user.user, start + 3);
+    let told = format!("{{\"user\":{},\"id\":{}}}", user.user, start + 3 * STEP);
     assert!(replies.iter().any(|reply| reply.text() == told));
     assert!(replies.iter().all(|reply| reply.text() == told || reply.outcome() == (409, "once_undecided".into())));
-    assert_eq!(site.join("chat").1, start + 3);
+    assert_eq!(site.join("chat").1, start + 3 * STEP);
 }
 
 fn a_replay_is_no_second_message_at_any_time(front: Front) {
@@ -304,7 +305,7 @@ fn any_user_id_that_javascript_reads_exactly_can_sign(front: Front) {
     let most = (1 << 53) - 1;
     for (n, user) in [0, 1, most - 1, most].into_iter().enumerate() {
         let reply = send(&site, "chat", &signer(KEY.1.as_bytes(), user, "chat"), "k", "1");
-        assert_eq!(reply.text(), format!("{{\"user\":{user},\"id\":{}}}", start + 1 + n as u64));
+        assert_eq!(reply.text(), format!("{{\"user\":{user},\"id\":{}}}", start + (1 + n as u64) * STEP));
     }
     for user in [most + 1, most + 2, u64::MAX] {
         assert_outcome(&send(&site, "chat", &signer(KEY.1.as_bytes(), user, "chat"), "k", "1"), 400, "bad_parameter");
@@ -388,7 +389,10 @@ fn a_body_at_the_limit_is_signed_like_any_other(front: Front) {
         let body = |bytes: usize| if bytes == 1 { "7".into() } else { format!("\"{}\"", "x".repeat(bytes - 2)) };
         assert_outcome(&send(&site, bus, &user, "k", &body(limit + 1)), 413, "too_large");
         for _ in 0..2 {
-            assert_eq!(send(&site, bus, &user, "k", &body(limit)).json(), json!({"user": user.user, "id": start + 1}));
+            assert_eq!(
+                send(&site, bus, &user, "k", &body(limit)).json(),
+                json!({"user": user.user, "id": start + STEP})
+            );
         }
         assert!(site.get(&format!("{bus}?id={start}")).text().contains(&body(limit)));
         // The last byte is signed too.
@@ -451,7 +455,7 @@ fn an_open_bus_is_as_it_was(front: Front) {
         assert_eq!(reply.text(), format!("{{\"user\":{},\"id\":{start}{offer}}}", json["user"]));
         for (n, query) in ["", "&time=1", "&sig=x", "&once=k&time=1&time=2&sig=&sig="].into_iter().enumerate() {
             let reply = site.post(&format!("{bus}?user=1{query}"), "1");
-            assert_eq!(reply.text(), format!("{{\"user\":1,\"id\":{}}}", start + 1 + n as u64));
+            assert_eq!(reply.text(), format!("{{\"user\":1,\"id\":{}}}", start + (1 + n as u64) * STEP));
         }
     }
     assert_eq!(site.memcached.ask("mg shortbus:chat:key\r\nmg shortbus:keyed:key\r\n"), "EN\r\nEN\r\n");

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 
@@ -13,7 +13,7 @@ use super::hub::Hubs;
 use crate::bus::name::Place;
 use crate::bus::{self, IdempotencyKey, Known, Publish};
 use crate::limits;
-use crate::stores::memcached::pipelined::Pool;
+use crate::stores::memcached::pipelined::{Pipelined, Pool};
 
 /// The buses that somebody publishes on.
 pub struct Publishers {
@@ -26,10 +26,6 @@ pub struct Publishers {
 #[derive(Default)]
 struct Queue {
     waiting: RefCell<VecDeque<Waiting>>,
-    /// Something waits.
-    arrived: Notify,
-    /// `last`, as the latest claim left it.
-    known: RefCell<Known>,
 }
 
 /// A request of its own, as it outlives the connection that brought it.
@@ -88,40 +84,48 @@ impl Publishers {
             })
             .clone();
         queue.waiting.borrow_mut().push_back(waiting);
-        queue.arrived.notify_one();
         answer.await.unwrap_or_else(|_| Err(bus::Error::OutcomeUnknown("the process ends".into())))
     }
 
-    /// Publishes one group after the other, for as long as `last` is still known.
+    /// Publishes one group after the other, until nothing waits. What a claim knows of `last` is the next one's, on the same
+    /// connection: on another, memcached may have restarted.
     async fn serve(self: Rc<Publishers>, place: Place, queue: Rc<Queue>) {
+        let mut kept: Option<(Pipelined, Known)> = None;
         loop {
             let group = queue.next_group();
             if group.is_empty() {
-                if timeout(limits::STALE, queue.arrived.notified()).await.is_err() && queue.waiting.borrow().is_empty()
-                {
-                    self.buses.borrow_mut().remove(&place);
-                    return;
-                }
-                continue;
+                self.buses.borrow_mut().remove(&place);
+                return;
             }
-            let claim = spawn_local(self.clone().publish_group(place.clone(), queue.clone(), group));
+            let kept_open = kept.take().filter(|(store, _)| store.is_open());
+            let (mut store, known) = kept_open.unwrap_or_else(|| (self.pool.open(&place), None));
+            store.renew();
+            let mut claim = Box::pin(self.clone().publish_group(place.clone(), store, known, group));
             // Where the store is silent, no publisher waits for others' time-outs: the next group is one more publisher, as
             // from another process.
-            let _ = timeout(limits::PUBLISH_LOCK, claim).await;
+            match timeout(limits::PUBLISH_LOCK, &mut claim).await {
+                Ok(left) => kept = Some(left),
+                Err(_) => drop(spawn_local(claim)),
+            }
         }
     }
 
-    async fn publish_group(self: Rc<Publishers>, place: Place, queue: Rc<Queue>, group: Vec<Waiting>) {
-        let mut known = queue.known.take();
+    async fn publish_group(
+        self: Rc<Publishers>,
+        place: Place,
+        mut store: Pipelined,
+        mut known: Known,
+        group: Vec<Waiting>,
+    ) -> (Pipelined, Known) {
         let publishes = group.iter().map(Waiting::publish).collect();
-        let answers = bus::publish_group(&mut self.pool.open(&place), publishes, group[0].ttl, &mut known).await;
-        queue.known.replace(known);
+        let answers = bus::publish_group(&mut store, publishes, group[0].ttl, &mut known).await;
         if answers.iter().any(Result::is_ok) {
             self.hubs.published(&place);
         }
         for (waiting, answer) in group.into_iter().zip(answers) {
             let _gone = waiting.answer.send(answer);
         }
+        (store, known)
     }
 }
 

@@ -309,6 +309,16 @@ pub struct Pipelined {
 }
 
 impl Pipelined {
+    /// Whether its connection still takes requests.
+    pub fn is_open(&self) -> bool {
+        self.pipeline.as_ref().is_some_and(|pipeline| pipeline.is_open())
+    }
+
+    /// Begins the time of another request.
+    pub fn renew(&mut self) {
+        self.started = Instant::now();
+    }
+
     async fn exchange(&mut self, batch: &[Op<'_>]) -> Result<Vec<Parts>> {
         let pipeline = match &self.pipeline {
             Some(pipeline) => pipeline,
