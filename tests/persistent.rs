@@ -492,7 +492,7 @@ fn in_cgi_waiting_is_off_unless_a_setting_allows_it() {
     let site = Site::with(Front::Bare, &[("waits", waiting), ("chat", &[])]);
     let (_, id) = site.join("chat");
     let started = Instant::now();
-    assert_eq!(site.get("chat").json().as_object().unwrap().len(), 2);
+    assert_eq!(site.get("chat").json().as_object().unwrap().len(), 3);
     // A stream ends at once, and its client comes back.
     let stream = site.get(&format!("chat?id={id}&stream=1"));
     assert_eq!(stream.header("content-type"), Some("text/event-stream"));

@@ -68,7 +68,11 @@ async fn read_last(
         let keys: Vec<IdempotencyKey> = records.iter().map(|record| record.key).collect();
         let trial = trial.take();
         let mut batch: Vec<Op> = trial.iter().flat_map(|value| [Op::Trial(value), Op::EndTrial]).collect();
-        batch.extend(keys.iter().map(|&IdempotencyKey { name, token, ttl }| Op::CreateRecord { key: name, token, ttl }));
+        batch.extend(keys.iter().map(|&IdempotencyKey { name, token, ttl }| Op::CreateRecord {
+            key: name,
+            token,
+            ttl,
+        }));
         batch.extend([Op::Last, Op::Last]);
         batch.extend(keys.iter().map(|key| Op::Record(key.name)));
         let mut replies = store.run(&batch).await?;

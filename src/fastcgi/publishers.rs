@@ -11,6 +11,7 @@ use tokio::time::timeout;
 
 use super::hub::Hubs;
 use crate::bus::name::Place;
+use crate::bus::store::StoreError;
 use crate::bus::{self, IdempotencyKey, Known, Publish};
 use crate::limits;
 use crate::stores::memcached::pipelined::{Pipelined, Pool};
@@ -117,8 +118,16 @@ impl Publishers {
         mut known: Known,
         group: Vec<Waiting>,
     ) -> (Pipelined, Known) {
-        let publishes = group.iter().map(Waiting::publish).collect();
-        let answers = bus::publish_group(&mut store, publishes, group[0].ttl, &mut known).await;
+        let (ttl, publishes) = (group[0].ttl, group.iter().map(Waiting::publish).collect());
+        let mut answers = bus::publish_group(&mut store, publishes, ttl, &mut known).await;
+        let refused =
+            |answer: &Result<Vec<u64>, bus::Error>| matches!(answer, Err(bus::Error::Store(StoreError::ItemLimit(_))));
+        if group.len() > 1 && answers.iter().any(refused) {
+            // Alone each may be small enough.
+            for (waiting, answer) in group.iter().zip(&mut answers).filter(|(_, answer)| refused(answer)) {
+                *answer = bus::publish(&mut store, waiting.publish(), ttl).await;
+            }
+        }
         if answers.iter().any(Result::is_ok) {
             self.hubs.published(&place);
         }

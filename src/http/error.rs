@@ -132,10 +132,10 @@ impl Error {
                 "bad_batch",
                 format!("With batch=1 the body has to be an array of 1 to {} messages.", limits::SLOT_MESSAGES).into(),
             ),
-            Error::Message(Message::TooLarge { limit }) => return Error::TooLarge { limit: *limit }.row(),
+            Error::Message(Message::TooLarge { limit }) => Error::TooLarge { limit: *limit }.row(),
             Error::Message(Message::Element(index, wrong)) => {
                 let (status, code, sentence) = Error::Message((**wrong).clone()).row();
-                return (status, code, format!("Element {index} of the batch: {sentence} Nothing was published.").into());
+                (status, code, format!("Element {index} of the batch: {sentence} Nothing was published.").into())
             }
             Error::Message(Message::NotUtf8 { at }) => {
                 (400, "not_utf8", format!("The body is not UTF-8, as JSON has to be (byte {at}).").into())
