@@ -7,14 +7,12 @@ use std::os::fd::FromRawFd;
 use std::time::{Duration, Instant};
 
 use crate::bus;
-use crate::bus::store::StoreError;
 use crate::config::Config;
 use crate::http;
 use crate::http::request::{self, Gateway};
 use crate::http::waiting::{self, Front, Next};
 use crate::limits;
-use crate::stores::block_on;
-use crate::stores::memcached::blocking::Memcached;
+use crate::stores::{self, block_on};
 use crate::variables::Variables;
 
 /// Serves the one request of this process. A client that has gone is nobody's error.
@@ -25,7 +23,7 @@ pub fn serve(argv0: &[u8]) {
     let body = request::read_body(&variables, &*fd(0), limit);
     // The connection is closed again when this returns: what is written below goes to nobody else, even if the server
     // started us without a stdout or stderr.
-    let mut response = block_on(http::answer(&variables, Gateway::Cgi, config, body, connect));
+    let mut response = block_on(http::answer(&variables, Gateway::Cgi, config, body, stores::open));
     if let Some(line) = &response.log {
         let _ = fd(2).write_all(format!("{line}\n").as_bytes());
     }
@@ -41,10 +39,6 @@ pub fn serve(argv0: &[u8]) {
             block_on(waiting::serve(response, waiting, nph, &mut Process { config, user, after, ends }))
         }
     };
-}
-
-fn connect(config: &Config) -> Result<Memcached, StoreError> {
-    Memcached::connect(&config.memcached, &config.bus)
 }
 
 /// A process that waits: it asks the store now and then, for as long as `SHORTBUS_WAIT` lets it.
@@ -64,7 +58,7 @@ impl Front for Process {
             }
             std::thread::sleep(limits::CGI_WATCH_INTERVAL.min(left));
             // A store that is away may be back before the time is over.
-            if let Ok(mut store) = connect(&self.config)
+            if let Ok(mut store) = stores::open(&self.config)
                 && let Ok(page) = bus::poll(&mut store, self.after, self.user).await
                 && page.last_id != self.after
             {

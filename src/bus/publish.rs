@@ -104,7 +104,7 @@ async fn claim(
         batch.push(Op::Record(record.key.name));
     }
     let mut replies = store.run(&batch).await.map_err(|error| match error {
-        StoreError::Late(_) => Error::Store(error),
+        _ if error.is_refusal() => Error::Store(error),
         // With a record it may be the record that was refused, and not the message.
         StoreError::Full(_) if record.is_none() => Error::Store(error),
         _ => Error::OutcomeUnknown(error.to_string()),

@@ -38,8 +38,7 @@ use crate::http::request::{self, Gateway};
 use crate::http::response::Response;
 use crate::http::waiting::Waiting;
 use crate::limits;
-use crate::stores::memcached::codec::place;
-use crate::stores::memcached::pipelined::Pool;
+use crate::stores::pooled::{Address, Stores};
 use crate::stores::random_pause;
 use crate::variables::Variables;
 use codec::{Parameters, Request};
@@ -74,15 +73,15 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
     let connections =
         limits::CONNECTIONS.min(files().saturating_sub(limits::FILES_SPARE + limits::CONNECTIONS_REFUSED)).max(1);
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    let pool = Rc::<Pool>::default();
+    let stores = Stores::default();
     // Requests that wait leave room for those that do not.
     let waiting = connections - (connections / 8).max(1);
     let server = Server {
         argv0: argv0.to_vec(),
         environment: Variables::environment(),
-        hubs: Rc::new(Hubs::new(pool.clone())),
+        hubs: Rc::new(Hubs::new(stores.clone())),
         locks: Rc::default(),
-        pool,
+        stores,
         places: Arc::new(Semaphore::new(connections)),
         refusals: Arc::new(Semaphore::new(limits::CONNECTIONS_REFUSED)),
         waiting: Semaphore::new(waiting),
@@ -112,7 +111,7 @@ fn files() -> usize {
 struct Server {
     argv0: Vec<u8>,
     environment: Variables<'static>,
-    pool: Rc<Pool>,
+    stores: Stores,
     hubs: Rc<Hubs>,
     locks: Rc<PublishLocks>,
     /// A permit for each connection that can be served.
@@ -296,8 +295,7 @@ impl Server {
         let permit = self.waiting.try_acquire();
         let at_once = Cell::new(true);
         let ending = if permit.is_ok() { &self.stopping } else { &at_once };
-        let place = place(&waiting.config.memcached, &waiting.config.bus);
-        let subscriber = self.hubs.subscribe(place, waiting.page.last_id, waiting.user);
+        let subscriber = self.hubs.subscribe(Address::of(&waiting.config), waiting.page.last_id, waiting.user);
         let ends = Instant::now() + 2 * random_pause(limits::STREAM_LIFE);
         let mut waiter = Waiter { id, connection, subscriber, ending, ends };
         http::waiting::serve(response, waiting, false, &mut waiter).await
@@ -312,12 +310,12 @@ impl Server {
         let limit = config.as_ref().map_or(0, |config| config.max_bytes);
         let body = request::read_body(&variables, &request.body[..], limit);
         let publishes = variables.text("REQUEST_METHOD") == b"POST";
-        let published = config.as_ref().ok().filter(|_| publishes).map(|config| place(&config.memcached, &config.bus));
+        let published = config.as_ref().ok().filter(|_| publishes).map(|config| Address::of(config).place());
         let _guard = match &published {
             Some(place) => Some(self.locks.acquire(place.clone()).await),
             None => None,
         };
-        let open = |config: &Config| Ok(self.pool.open(&place(&config.memcached, &config.bus)));
+        let open = |config: &Config| Ok(self.stores.open(Address::of(config)));
         let response = http::answer(&variables, Gateway::FastCgi, config, body, open).await;
         if let Some(place) = published.filter(|_| response.is_ok()) {
             self.hubs.published(&place);

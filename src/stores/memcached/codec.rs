@@ -4,10 +4,9 @@ use std::io;
 
 use memcache::exp::{Error, MetaCommand, MetaOp, MetaResponse, Rendezvous, ReturnCode, Router};
 
-use crate::bus::name::{self, Place};
 use crate::bus::store::{Counter, Op, Reply, StoreError};
-use crate::hash;
 use crate::limits;
+use crate::stores::short_name;
 use crate::variables::whole_number;
 
 /// What asks memcached for `op`.
@@ -84,6 +83,9 @@ pub fn store_error(server: &str, error: Error) -> StoreError {
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
                 StoreError::Broken(cause)
             }
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied | io::ErrorKind::NetworkUnreachable => {
+                StoreError::Refused(cause)
+            }
             _ => StoreError::Unreachable(cause),
         },
         Error::Timeout { .. } => StoreError::Timeout(cause),
@@ -136,21 +138,9 @@ pub fn server_for<'a>(servers: &'a [String], bus: &[u8]) -> &'a str {
     }
 }
 
-/// Where a bus lives, of these servers.
-pub fn place(servers: &[String], bus: &[u8]) -> Place {
-    Place { server: server_for(servers, bus).to_owned(), bus: bus.to_owned() }
-}
-
-/// `shortbus:NAME:`, where no two names share a key and no key holds a space. A name too long for memcached's 250
-/// bytes is cut and hashed.
+/// `shortbus:NAME:`, where no two names share a key and no key holds a space.
 pub fn key_prefix(bus: &[u8]) -> String {
-    let mut name = name::encode(bus);
-    if name.len() > limits::NAME_MAX {
-        // '*' stands in no encoded name, so a cut name is never another bus's whole one.
-        name.truncate(limits::NAME_MAX - 33);
-        name.push_str(&format!("*{:032x}", hash::fnv1a_128(bus)));
-    }
-    format!("shortbus:{name}:")
+    format!("shortbus:{}:", short_name(bus))
 }
 
 #[cfg(test)]
