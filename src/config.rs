@@ -213,6 +213,9 @@ impl<'a> Settings<'a> {
     fn store(&self) -> Result<StoreSetting, Error> {
         let servers = self.list("SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)?;
         match self.get("SHORTBUS_STORE") {
+            Some(folder) if !folder.starts_with(b"/") || folder.contains(&0) => {
+                Err(Error::new("SHORTBUS_STORE", folder, STORE_ALLOWED))
+            }
             Some(folder) if !servers.is_empty() => Err(Error {
                 name: "SHORTBUS_STORE".into(),
                 wrong:
@@ -220,9 +223,6 @@ impl<'a> Settings<'a> {
                         .into(),
                 value: String::from_utf8_lossy(folder).into_owned(),
             }),
-            Some(folder) if !folder.starts_with(b"/") || folder.contains(&0) => {
-                Err(Error::new("SHORTBUS_STORE", folder, STORE_ALLOWED))
-            }
             Some(folder) => Ok(StoreSetting::Folder(PathBuf::from(OsStr::from_bytes(folder)))),
             None if servers.is_empty() => Ok(StoreSetting::Unset),
             None => Ok(StoreSetting::Memcached(servers)),
