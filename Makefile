@@ -15,7 +15,7 @@ build: rust
 	@# By rename: a copy that is running cannot be written to.
 	cp target/$(HOST)/release/shortbus cgi-bin/.shortbus.new && mv -f cgi-bin/.shortbus.new cgi-bin/shortbus
 
-demo: NEEDS = memcached apache2 curl
+demo: NEEDS = apache2 curl
 demo: build
 	@tests/demo.sh
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Instant;
 
 use crate::bus;
-use crate::bus::store::{Store, StoreError};
+use crate::bus::store::{Op, Store, StoreError};
 use crate::config::{Auth, Config, StoreSetting};
 use crate::http::error::Error;
 use crate::http::message;
@@ -153,16 +153,19 @@ fn test_message(config: &Config, home: Home) -> Result<String, String> {
             Ok(format!("{:22} {line}", "memcached"))
         }
         Home::Local(folder) => {
-            let file = Local::new(folder.clone(), &config.bus, config.store_bytes, WholeProcess).path();
+            let mut own = Local::new(folder.clone(), &config.bus, config.store_bytes, WholeProcess);
+            block_on(own.run(&[Op::Last])).map_err(|error| error.to_string())?;
+            let file = own.path();
             let store = Local::new(folder.clone(), &bus, config.store_bytes, WholeProcess);
             let test = store.path();
             let micros = write_and_read(store, config.ttl);
+            let micros = micros?;
             let _ = fs::remove_file(test);
             if folder.own {
                 // It goes if nothing else is in it.
                 let _ = fs::remove_dir(&folder.path);
             }
-            let line = format!("{}  a test message written and read back beside it in {} µs", file.display(), micros?);
+            let line = format!("{}  a test message written and read back beside it in {micros} µs", file.display());
             Ok(format!("{:22} {line}", "file"))
         }
     }

@@ -15,7 +15,7 @@
 //!
 //! A poll under CGI: `main` calls [`cgi::serve`], which reads the settings and the body; [`http::answer`] reads the
 //! request's line ([`http::request`]) and calls [`bus::poll`], which runs its batches in a store
-//! ([`stores::memcached::blocking`]) and gives back a [`bus::Page`]; [`http::response`] makes JSON of it, and `cgi` writes it
+//! ([`stores::memcached::blocking`] or [`stores::local`]) and gives back a [`bus::Page`]; [`http::response`] makes JSON of it, and `cgi` writes it
 //! at once. A publish goes the same way, by [`http::message`], which checks the value, [`http::signature`] on a signed bus,
 //! and [`bus::publish`]. A stream under FastCGI takes the same way through [`http`], then waits in [`http::waiting`], where
 //! [`fastcgi::hub`] tells it what is new, and [`http::event_stream`] has the words for it.

@@ -121,7 +121,7 @@ impl OpenFolder {
     fn create_file(&self, name: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
         match openat(&self.fd, name, flags | OFlags::CREATE | OFlags::EXCL, Mode::RUSR | Mode::WUSR) {
             Ok(fd) => {
-                if !self.own && self.mode & 0o020 != 0 {
+                if self.is_shared() {
                     fchmod(&fd, Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP)?;
                 }
                 Ok(fd)
@@ -131,15 +131,20 @@ impl OpenFolder {
         }
     }
 
+    /// Whether the operator lets the folder's group in, and not everyone.
+    fn is_shared(&self) -> bool {
+        !self.own && self.mode & 0o022 == 0o020
+    }
+
     /// Refuses what is no file, and what another user could have put there or could write to.
     fn check(&self, stat: &Stat) -> io::Result<()> {
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(refused("it is no file"));
         }
-        // Where not everyone may write, the operator has said who may.
         if self.own || self.mode & 0o002 != 0 {
             return only_ours(stat);
         }
+        // Where not everyone may write, the operator has said who may.
         if stat.st_mode & 0o002 != 0 {
             return Err(refused("every user may write to it"));
         }
