@@ -248,10 +248,12 @@ impl<S: Sleep> Local<S> {
 
 impl<S: Sleep> Store for Local<S> {
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError> {
-        let reads = |op: &Op| matches!(op, Op::Last | Op::Get(_) | Op::Probe(_) | Op::Record(_) | Op::SigningKey);
-        let writes = !batch.iter().all(reads);
+        // A record is found by way of what publishers overwrite: it is read under the lock.
+        let takes_no_lock = |op: &Op| matches!(op, Op::Last | Op::Get(_) | Op::Probe(_) | Op::SigningKey);
+        let lock_free = batch.iter().all(takes_no_lock);
+        let writes = !batch.iter().all(|op| takes_no_lock(op) || matches!(op, Op::Record(_)));
         for attempt in 0..ATTEMPTS {
-            if !writes && attempt < ATTEMPTS / 2 {
+            if lock_free && attempt < ATTEMPTS / 2 {
                 match self.read(batch) {
                     Ok(replies) => return Ok(replies),
                     Err(Trouble::Store(error)) => return Err(error),
@@ -306,5 +308,202 @@ struct Lock(Rc<File>);
 impl Drop for Lock {
     fn drop(&mut self) {
         let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::bus::store::Counter;
+    use crate::stores::block_on;
+
+    /// A folder for the bus `chat`, removed at the end.
+    struct Place(PathBuf);
+
+    impl Place {
+        fn new() -> Place {
+            static COUNT: AtomicU32 = AtomicU32::new(0);
+            let name = format!("shortbus-unit-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+            let path = std::env::temp_dir().join(name);
+            std::fs::create_dir(&path).unwrap();
+            Place(path)
+        }
+
+        fn try_run(&self, batch: &[Op]) -> Result<Vec<Reply>, StoreError> {
+            let folder = Folder::named(&self.0);
+            block_on(Local::new(folder, b"chat", limits::STORE_BYTES_MIN, WholeProcess).run(batch))
+        }
+
+        #[track_caller]
+        fn run(&self, batch: &[Op]) -> Vec<Reply> {
+            self.try_run(batch).unwrap()
+        }
+
+        /// A counter of 7, and a slot with this value behind it.
+        fn begin(&self, value: &[u8]) -> Counter {
+            self.run(&[Op::Create(7)]);
+            self.run(&[add(8, value), Op::Advance(self.counter().cas)]);
+            self.counter()
+        }
+
+        fn counter(&self) -> Counter {
+            match self.run(&[Op::Last])[0] {
+                Reply::Counter(counter) => counter,
+                ref other => panic!("{other:?}"),
+            }
+        }
+
+        fn file(&self) -> PathBuf {
+            self.0.join("chat:messages")
+        }
+
+        /// Changes the header as a process of this version would not.
+        fn change(&self, change: impl FnOnce(&mut Header)) {
+            let file = File::options().read(true).write(true).open(self.file()).unwrap();
+            let Ok(Found::Header(mut header)) = Header::read(&file) else { panic!("no header") };
+            change(&mut header);
+            header.write(&file).unwrap();
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn add(id: u64, value: &[u8]) -> Op<'_> {
+        Op::Add { id, value, ttl: 60 }
+    }
+
+    #[test]
+    fn every_operation_answers_as_the_trait_says() {
+        let place = Place::new();
+        assert_eq!(place.run(&[Op::Last, Op::Get(1), Op::SigningKey, Op::Record("1:a")]), vec![Reply::Missing; 4]);
+        assert!(!place.file().exists(), "reading makes no file");
+        let replies = place.run(&[Op::Advance(1), add(1, b"x"), Op::Create(7), Op::Create(9)]);
+        assert_eq!(replies, [Reply::Missing, Reply::Taken, Reply::Stored, Reply::Taken]);
+        let counter = place.counter();
+        assert_eq!(counter.value, 7);
+        let batch = [Op::Last, add(8, b"eight"), Op::Advance(counter.cas), Op::Get(8), Op::Probe(8), Op::Probe(9)];
+        let replies = place.run(&batch);
+        assert_eq!(replies[..3], [Reply::Counter(counter), Reply::Stored, Reply::Stored]);
+        assert_eq!(replies[3..], [Reply::Value(b"eight".to_vec()), Reply::Stored, Reply::Missing]);
+        // The token is old, the slot taken; and one far behind is of a counter that this file never had.
+        let replies = place.run(&[add(8, b"x"), Op::Advance(counter.cas), add(99, b"x")]);
+        assert_eq!(replies, [Reply::Taken, Reply::Taken, Reply::Taken]);
+        // Slots that are ahead of the counter stay.
+        assert_eq!(place.run(&[add(9, b"nine"), add(10, b"ten")]), [Reply::Stored, Reply::Stored]);
+        assert_eq!(place.run(&[add(9, b"x"), Op::Advance(place.counter().cas)]), [Reply::Taken, Reply::Stored]);
+        assert_eq!(place.run(&[Op::Get(9), Op::Get(10)]), [b"nine".to_vec(), b"ten".to_vec()].map(Reply::Value));
+        let replies = place.run(&[Op::CreateSigningKey(b"one"), Op::CreateSigningKey(b"two"), Op::SigningKey]);
+        assert_eq!(replies, [Reply::Stored, Reply::Taken, Reply::Value(b"one".to_vec())]);
+        let create = Op::CreateRecord { key: "1:a", token: 5, ttl: 60 };
+        let replies = place.run(&[Op::AppendRecord("1:a", 1), create, create, Op::AppendRecord("1:a", 9)]);
+        assert_eq!(replies, [Reply::Taken, Reply::Stored, Reply::Taken, Reply::Stored]);
+        assert_eq!(place.run(&[Op::Record("1:a")]), [Reply::Record(b"5 9".to_vec(), 60)]);
+    }
+
+    #[test]
+    fn a_batch_that_is_refused_has_done_nothing() {
+        let place = Place::new();
+        let counter = place.begin(b"x");
+        let huge = vec![b'x'; limits::STORE_BYTES_MIN as usize / 3];
+        let record = Op::CreateRecord { key: "1:a", token: 1, ttl: 60 };
+        let batch = [record, add(9, b"a"), Op::Advance(counter.cas), add(10, &huge), add(11, &huge)];
+        assert!(matches!(place.try_run(&batch), Err(StoreError::StoreFull(_))));
+        assert_eq!(place.counter(), counter);
+        assert_eq!(place.run(&[Op::Record("1:a"), Op::Get(9), Op::Get(8)])[..2], [Reply::Missing, Reply::Missing]);
+        assert_eq!(place.run(&batch[..4]), vec![Reply::Stored; 4]);
+    }
+
+    #[test]
+    fn records_are_found_among_many_and_the_oldest_go_first() {
+        let place = Place::new();
+        place.begin(b"x");
+        let names: Vec<String> = (0..20_000).map(|n| format!("{n}:a-name-of-its-own-for-the-send")).collect();
+        for part in names.chunks(1_000) {
+            let created = part.iter().map(|key| Op::CreateRecord { key, token: 1, ttl: 60 });
+            let batch: Vec<Op> = created.chain(part.iter().map(|key| Op::AppendRecord(key, 17))).collect();
+            assert!(place.run(&batch).iter().all(|reply| *reply == Reply::Stored));
+        }
+        let mut lives = names.iter().map(|name| place.run(&[Op::Record(name)]) != [Reply::Missing]).collect::<Vec<_>>();
+        let gone = lives.iter().filter(|lives| !**lives).count();
+        assert!((8_000..15_000).contains(&gone), "{gone}");
+        // But for the two versions that a part of this test has of each.
+        lives.drain(..gone + 1_000);
+        assert!(lives.iter().all(|lives| *lives));
+        assert!(std::fs::metadata(place.file()).unwrap().len() <= limits::STORE_BYTES_MIN);
+    }
+
+    #[test]
+    fn the_index_is_a_bound_too() {
+        let place = Place::new();
+        place.begin(b"x");
+        let values = vec![b"1 7".to_vec(); 1_000];
+        for _ in 0..40 {
+            let counter = place.counter();
+            let mut batch: Vec<Op> = (1..).zip(&values).map(|(n, value)| add(counter.value + n, value)).collect();
+            batch.extend((0..values.len() as u64).map(|n| Op::Advance(counter.cas + n)));
+            assert!(place.run(&batch).iter().all(|reply| *reply == Reply::Stored));
+        }
+        let (last, slots) = (place.counter().value, limits::STORE_BYTES_MIN / 64 * 8 / 32);
+        assert_eq!(place.run(&[Op::Probe(last + 1 - slots), Op::Probe(last - slots)]), [Reply::Stored, Reply::Missing]);
+    }
+
+    #[test]
+    fn what_was_written_before_the_host_started_is_gone_and_ids_go_on() {
+        let place = Place::new();
+        let counter = place.begin(b"x");
+        place.run(&[Op::CreateRecord { key: "1:a", token: 5, ttl: 60 }]);
+        place.change(|header| header.written = u64::MAX / 2);
+        assert_eq!(place.run(&[Op::Get(8), Op::Record("1:a")]), [Reply::Missing, Reply::Missing]);
+        assert_eq!(place.counter(), counter);
+        assert_eq!(place.run(&[add(8, b"x"), add(9, b"nine"), Op::Advance(counter.cas)])[1..], vec![Reply::Stored; 2]);
+        assert_eq!(place.run(&[Op::Get(8), Op::Get(9)]), [Reply::Missing, Reply::Value(b"nine".to_vec())]);
+    }
+
+    #[test]
+    fn a_file_of_a_newer_version_is_left_alone_and_one_of_an_older_set_aside() {
+        let place = Place::new();
+        place.begin(b"x");
+        place.change(|header| header.format = 2);
+        let before = std::fs::read(place.file()).unwrap();
+        for batch in [[Op::Last], [Op::Create(7)]] {
+            assert!(matches!(place.try_run(&batch), Err(StoreError::StoreBroken(_))));
+        }
+        assert_eq!(std::fs::read(place.file()).unwrap(), before);
+        let place = Place::new();
+        place.begin(b"x");
+        place.change(|header| header.format = 0);
+        assert_eq!(place.run(&[Op::Last]), [Reply::Missing]);
+        assert!(Path::new(&place.0).join("chat:messages.damaged").exists());
+    }
+
+    #[test]
+    fn a_counter_never_begins_below_that_of_a_file_that_was_set_aside() {
+        let place = Place::new();
+        place.begin(b"x");
+        let file = File::options().write(true).open(place.file()).unwrap();
+        file.set_len(5_000).unwrap();
+        // The clock was set back meanwhile.
+        assert_eq!(place.run(&[Op::Create(3)]), [Reply::Stored]);
+        assert_eq!(place.counter().value, 9);
+    }
+
+    #[test]
+    fn a_process_that_keeps_the_file_open_goes_on_in_the_one_that_took_its_place() {
+        let place = Place::new();
+        place.begin(b"x");
+        let folder = Folder::named(&place.0);
+        let mut kept = Local::new(folder, b"chat", limits::STORE_BYTES_MIN, WholeProcess);
+        assert_eq!(block_on(kept.run(&[Op::Probe(8)])), Ok(vec![Reply::Stored]));
+        std::fs::remove_file(place.file()).unwrap();
+        assert_eq!(block_on(kept.run(&[Op::Probe(8)])), Ok(vec![Reply::Missing]));
+        place.begin(b"y");
+        assert_eq!(block_on(kept.run(&[Op::Get(8)])), Ok(vec![Reply::Value(b"y".to_vec())]));
     }
 }
