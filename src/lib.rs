@@ -8,7 +8,8 @@
 //! Below the fronts:
 //! - [`http`]: what a request means, whichever front brought it: routes, parameters, origins, responses;
 //! - [`bus`]: the heart, the delivery protocol: join, publish, poll, over the operations of [`bus::store`];
-//! - [`stores`]: where messages live, each store one that carries out these operations;
+//! - [`stores`]: where messages live, each store one that carries out these operations; and [`stores::decision`], which of
+//!   them a bus lives in where no setting says it;
 //! - [`browser`]: the client and the page that the bus serves;
 //! - [`config`]: the settings; [`variables`]: names and values as web servers give them; [`limits`]: every bound;
 //!   [`hash`]: shortens long names, and tags files.
