@@ -28,6 +28,8 @@ package() {
         apt-get/mod_fcgid) echo libapache2-mod-fcgid ;;
         */systemd-socket-activate) echo systemd ;;
         dnf/firefox-esr | pacman/firefox-esr) echo firefox ;;
+        dnf/ip) echo iproute ;;
+        */ip) echo iproute2 ;;
         */node) echo nodejs ;;
         dnf/npm) echo nodejs-npm ;;
         *) echo "$2" ;;

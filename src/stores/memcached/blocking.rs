@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use memcache::exp::{Error, MetaCommand, MetaConnection};
 
-use super::codec::{command, key_prefix, parts, reply, server_for, store_error, unexpected};
+use super::codec::{command, connect_error, key_prefix, parts, reply, server_for, store_error, unexpected};
 use super::connect::{connect, left};
 use crate::bus::store::{Op, Reply, Store, StoreError};
 use crate::limits;
@@ -33,7 +33,7 @@ impl Memcached {
     pub fn connect(servers: &[String], bus: &[u8]) -> Result<Memcached, StoreError> {
         let server = server_for(servers, bus).to_owned();
         let started = Instant::now();
-        let socket = connect(&server, started).map_err(|error| store_error(&server, Error::Io(error)))?;
+        let socket = connect(&server, started).map_err(|error| connect_error(&server, error))?;
         // The crate speaks over a TcpStream; to read, write and time-outs a connected unix socket is the same.
         let connection = MetaConnection::from_stream(TcpStream::from(OwnedFd::from(socket)));
         Ok(Memcached { connection, server, prefix: key_prefix(bus), started })

@@ -74,6 +74,16 @@ pub fn split_response(input: &mut &[u8]) -> Result<Option<Parts>, Error> {
 /// Longest line of a response. memcached's own end below 2,048.
 const LINE_MAX: usize = 4096;
 
+/// What it means that there is no connection.
+pub fn connect_error(server: &str, error: io::Error) -> StoreError {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied | io::ErrorKind::NetworkUnreachable => {
+            StoreError::Refused(format!("{server}: {error}"))
+        }
+        _ => store_error(server, Error::Io(error)),
+    }
+}
+
 /// What a failure of the exchange means.
 pub fn store_error(server: &str, error: Error) -> StoreError {
     let cause = format!("{server}: {error}");
@@ -82,9 +92,6 @@ pub fn store_error(server: &str, error: Error) -> StoreError {
             io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => StoreError::Timeout(cause),
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
                 StoreError::Broken(cause)
-            }
-            io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied | io::ErrorKind::NetworkUnreachable => {
-                StoreError::Refused(cause)
             }
             _ => StoreError::Unreachable(cause),
         },
