@@ -15,11 +15,11 @@ build: rust
 	@# By rename: a copy that is running cannot be written to.
 	cp target/$(HOST)/release/shortbus cgi-bin/.shortbus.new && mv -f cgi-bin/.shortbus.new cgi-bin/shortbus
 
-demo: NEEDS = memcached apache2 curl
+demo: NEEDS = apache2 curl
 demo: build
 	@tests/demo.sh
 
-test: NEEDS = memcached apache2 mod_fcgid mod_evasive nginx fcgiwrap lighttpd spawn-fcgi systemd-socket-activate curl openssl chromium firefox-esr node npm
+test: NEEDS = memcached apache2 mod_fcgid mod_evasive nginx fcgiwrap lighttpd spawn-fcgi systemd-socket-activate curl openssl ip chromium firefox-esr node npm
 test: build
 	cargo test --locked
 

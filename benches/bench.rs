@@ -26,10 +26,12 @@ use fixtures::site::Site;
 use hmac::{Hmac, KeyInit, Mac};
 use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;
-use shortbus::bus;
 use shortbus::bus::store::Store;
+use shortbus::bus::{self, Publish};
 use shortbus::http::signature;
+use shortbus::limits;
 use shortbus::stores::block_on;
+use shortbus::stores::local::{Local, WholeProcess, folder as store_folder};
 use shortbus::stores::memcached::blocking;
 
 /// Processes started of each kind, one after the other.
@@ -138,6 +140,12 @@ impl<'a> Job<'a> {
         Job { once: Some(!settings.is_empty()), ..job }
     }
 
+    /// The same on the local store.
+    fn in_file(mut self, store: &Memory) -> Job<'a> {
+        self.env[3] = ("SHORTBUS_STORE", store.0.display().to_string());
+        self
+    }
+
     /// The query of a send that was never made before.
     fn new_query(&self, signed: bool) -> String {
         static SENDS: AtomicUsize = AtomicUsize::new(0);
@@ -231,7 +239,8 @@ impl<'a> Job<'a> {
 /// Makes a bus with so many messages, by the library: the newest id.
 fn fill(memcached: &Memcached, bus: &str, messages: u64) -> u64 {
     for _ in 0..messages {
-        block_on(bus::publish(&mut open(memcached, bus), 1, BODY.as_bytes(), 3_600, None)).unwrap();
+        let publish = Publish { user: 1, messages: vec![BODY.as_bytes()], key: None };
+        block_on(bus::publish(&mut open(memcached, bus), publish, 3_600)).unwrap();
     }
     block_on(bus::join(&mut open(memcached, bus))).unwrap()
 }
@@ -240,12 +249,32 @@ fn open(memcached: &Memcached, bus: &str) -> impl Store {
     blocking::Memcached::connect(std::slice::from_ref(&memcached.address), bus.as_bytes()).unwrap()
 }
 
+/// A folder in memory, as `/dev/shm/shortbus-UID` is one.
+struct Memory(PathBuf);
+
+impl Memory {
+    fn new() -> Memory {
+        let path = Path::new("/dev/shm").join(format!("shortbus-bench-{}", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        Memory(path)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
     let folder = Folder::new();
     let [shortbus, fixed, raw] =
         &[executable(), baseline("fixed"), baseline("raw")].map(|file| Program::new(&folder, &file));
     let (idle, thousand, busy) = (fill(tcp, "idle", 0), fill(tcp, "thousand", 1_000), fill(tcp, "busy", 10_000));
     block_on(bus::signing_key(&mut open(tcp, "kept"), Some(KEY.as_bytes()))).unwrap();
+    let store = Memory::new();
+    let mut local = Local::new(store_folder::Folder::named(&store.0), b"idle", limits::STORE_BYTES, WholeProcess);
+    let local_idle = block_on(bus::join(&mut local)).unwrap();
     let far = 1_000_000_000_000_000;
     let jobs = [
         Job::get(fixed, tcp, "idle", idle, EMPTY),
@@ -263,6 +292,9 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
         Job::once(shortbus, tcp, "published", &[]),
         Job::once(shortbus, tcp, "signed", &[("SHORTBUS_AUTH", "signed"), ("SHORTBUS_KEY", KEY)]),
         Job::once(shortbus, tcp, "kept", &[("SHORTBUS_AUTH", "signed")]),
+        Job::get(shortbus, tcp, "idle", local_idle, EMPTY).in_file(&store),
+        Job::post(shortbus, tcp, "published", PUBLISHED).in_file(&store),
+        Job::once(shortbus, tcp, "published", &[]).in_file(&store),
     ];
     let samples = interleave(jobs.len(), SPAWNS, |job| jobs[job].time());
     let ratio = |job: usize, to: usize| median(&samples[job]) / median(&samples[to]);
@@ -287,6 +319,10 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
     for (job, what) in [(12, "with `once`"), (13, "signed"), (14, "signed, key in memcached")] {
         let compared = format!("{:.2} × publish", ratio(job, 4));
         table.row(&format!("**Publish** {what}, TCP"), time(job), compared);
+    }
+
+    for (job, what) in [(15, "Empty poll"), (16, "Publish"), (17, "Publish with `once`")] {
+        table.row(&format!("**{what}**, local store"), time(job), format!("{:.2} × fixed", ratio(job, 0)));
     }
 
     let counts = [0, 1, 2, 4, 12, 13].map(|job| jobs[job].instructions());

@@ -13,8 +13,7 @@ use crate::http::request::{self, Gateway};
 use crate::http::waiting::{self, Front, Next};
 use crate::http::{self, Backend};
 use crate::limits;
-use crate::stores::block_on;
-use crate::stores::memcached::blocking::Memcached;
+use crate::stores::{self, Blocking, block_on};
 use crate::variables::Variables;
 
 /// Serves the one request of this process. A client that has gone is nobody's error.
@@ -43,14 +42,14 @@ pub fn serve(argv0: &[u8]) {
     };
 }
 
-/// A connection for each request.
+/// A store for each request.
 struct Direct;
 
 impl Backend for Direct {
-    type Store = Memcached;
+    type Store = Blocking;
 
-    fn open(&self, config: &Config) -> Result<Memcached, StoreError> {
-        Memcached::connect(&config.memcached, &config.bus)
+    fn open(&self, config: &Config) -> Result<Blocking, StoreError> {
+        stores::open(config)
     }
 }
 
@@ -71,7 +70,7 @@ impl Front for Process {
             }
             std::thread::sleep(limits::CGI_WATCH_INTERVAL.min(left));
             // A store that is away may be back before the time is over.
-            if let Ok(mut store) = Direct.open(&self.config)
+            if let Ok(mut store) = stores::open(&self.config)
                 && let Ok(page) = bus::poll(&mut store, self.after, self.user).await
                 && page.last_id != self.after
             {

@@ -1,6 +1,9 @@
 //! Settings: environment variables. A bus needs none.
 
+use std::ffi::OsStr;
 use std::ops::RangeInclusive;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use crate::limits;
 use crate::variables::{Variables, whole_number};
@@ -24,11 +27,13 @@ impl Error {
 }
 
 /// All settings.
-pub const SETTINGS: [&str; 8] = [
+pub const SETTINGS: [&str; 10] = [
     "SHORTBUS_BUS",
     "SHORTBUS_TTL",
     "SHORTBUS_MAX_BYTES",
     "SHORTBUS_MEMCACHED",
+    "SHORTBUS_STORE",
+    "SHORTBUS_STORE_BYTES",
     "SHORTBUS_ALLOW_ORIGIN",
     "SHORTBUS_WAIT",
     "SHORTBUS_AUTH",
@@ -38,6 +43,8 @@ pub const SETTINGS: [&str; 8] = [
 const TTL_ALLOWED: &str = "a whole number of seconds from 1 to 2592000";
 const BYTES_ALLOWED: &str = "a whole number of bytes from 1 to 1000000";
 const MEMCACHED_ALLOWED: &str = "host:port, or the path of a unix socket; several are separated by spaces";
+const STORE_ALLOWED: &str = "the path of a folder, from / on";
+const STORE_BYTES_ALLOWED: &str = "a whole number of bytes from 4194304 to 68719476736";
 const WAIT_ALLOWED: &str = "a whole number of seconds from 0, for no waiting, to 60";
 const AUTH_ALLOWED: &str = "signed, or left out";
 const KEY_ALLOWED: &str = "at least 32 bytes that nobody can guess; make one with: openssl rand -base64 32";
@@ -54,8 +61,10 @@ pub struct Config {
     pub ttl: u32,
     /// Bytes of the largest message body.
     pub max_bytes: usize,
-    /// `host:port` or a unix socket's path; the bus lives on one of them.
-    pub memcached: Vec<String>,
+    /// Where it lives.
+    pub store: StoreSetting,
+    /// Bytes of the bus's file, where it lives in one.
+    pub store_bytes: u64,
     /// Origins whose pages may use the bus, `*` for all.
     pub allow_origin: Vec<String>,
     /// Longest time a poll may wait, seconds; 0 turns waits and streams off.
@@ -64,12 +73,23 @@ pub struct Config {
     pub auth: Auth,
 }
 
+/// Where a bus lives, as far as its settings say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreSetting {
+    /// On one of these memcached servers: `host:port` or a unix socket's path.
+    Memcached(Vec<String>),
+    /// In a file in this folder.
+    Folder(PathBuf),
+    /// They say nothing: [`crate::stores::decision`].
+    Unset,
+}
+
 /// Who may publish.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Auth {
     /// Anyone, as any user.
     Open,
-    /// Each user as itself, by a signature. With the bus key; `None` where memcached keeps it.
+    /// Each user as itself, by a signature. With the bus key; `None` where the store keeps it.
     Signed(Option<Vec<u8>>),
 }
 
@@ -102,10 +122,13 @@ impl Config {
             bus: bus.to_vec(),
             ttl: settings.number("SHORTBUS_TTL", limits::TTL_DEFAULT, 1..=limits::TTL_MAX, TTL_ALLOWED)?,
             max_bytes: settings.number("SHORTBUS_MAX_BYTES", bytes_default, 1..=bytes_max, BYTES_ALLOWED)? as usize,
-            memcached: match settings.list("SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)? {
-                servers if servers.is_empty() => vec!["127.0.0.1:11211".into()],
-                servers => servers,
-            },
+            store: settings.store()?,
+            store_bytes: settings.number(
+                "SHORTBUS_STORE_BYTES",
+                limits::STORE_BYTES,
+                limits::STORE_BYTES_MIN..=limits::STORE_BYTES_MAX,
+                STORE_BYTES_ALLOWED,
+            )?,
             allow_origin: settings.list("SHORTBUS_ALLOW_ORIGIN", ORIGIN_ALLOWED, is_origin)?,
             wait: settings.number("SHORTBUS_WAIT", wait, 0..=limits::WAIT_MAX, WAIT_ALLOWED)?,
             auth: settings.auth()?,
@@ -187,11 +210,36 @@ impl<'a> Settings<'a> {
         }
     }
 
-    fn number(&self, name: &str, default: u32, range: RangeInclusive<u32>, allowed: &str) -> Result<u32, Error> {
+    fn store(&self) -> Result<StoreSetting, Error> {
+        let servers = self.list("SHORTBUS_MEMCACHED", MEMCACHED_ALLOWED, is_server)?;
+        match self.get("SHORTBUS_STORE") {
+            Some(folder) if !folder.starts_with(b"/") || folder.contains(&0) => {
+                Err(Error::new("SHORTBUS_STORE", folder, STORE_ALLOWED))
+            }
+            Some(folder) if !servers.is_empty() => Err(Error {
+                name: "SHORTBUS_STORE".into(),
+                wrong:
+                    "is set, and SHORTBUS_MEMCACHED is too: the bus can live in one place only; take one of them out."
+                        .into(),
+                value: String::from_utf8_lossy(folder).into_owned(),
+            }),
+            Some(folder) => Ok(StoreSetting::Folder(PathBuf::from(OsStr::from_bytes(folder)))),
+            None if servers.is_empty() => Ok(StoreSetting::Unset),
+            None => Ok(StoreSetting::Memcached(servers)),
+        }
+    }
+
+    fn number<T: TryFrom<u64> + PartialOrd>(
+        &self,
+        name: &str,
+        default: T,
+        range: RangeInclusive<T>,
+        allowed: &str,
+    ) -> Result<T, Error> {
         let Some(value) = self.get(name) else {
             return Ok(default);
         };
-        match whole_number(value).and_then(|number| u32::try_from(number).ok()) {
+        match whole_number(value).and_then(|number| T::try_from(number).ok()) {
             Some(number) if range.contains(&number) => Ok(number),
             _ => Err(Error::new(name, value, allowed)),
         }

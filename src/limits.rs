@@ -122,6 +122,18 @@ pub const SCAN_BYTES: usize = 16 << 20;
 /// What a slot counts towards [`SCAN_BYTES`] beside its value: about a command and its reply's header.
 pub const SCAN_SLOT: usize = 64;
 
+/// Bytes of a bus's file unless `SHORTBUS_STORE_BYTES` says otherwise: more than most buses publish in a minute.
+pub const STORE_BYTES: u64 = 32 << 20;
+
+/// Least `SHORTBUS_STORE_BYTES`: the file then holds two messages of the largest size.
+pub const STORE_BYTES_MIN: u64 = 4 << 20;
+
+/// Largest `SHORTBUS_STORE_BYTES`, 64 GiB.
+pub const STORE_BYTES_MAX: u64 = 64 << 30;
+
+/// Longest pause before a process tries again to lock a bus's file. A batch takes some ten microseconds.
+pub const STORE_LOCK_PAUSE: Duration = Duration::from_millis(2);
+
 /// Retry-After of a 503 and of `once_undecided`, seconds.
 pub const RETRY_AFTER: u32 = 1;
 

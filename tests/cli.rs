@@ -130,7 +130,8 @@ fn a_closed_stdout_or_stderr_is_no_crash() {
     let site = site();
     for close in ["", ">&-", "2>&-", "<&- >&- 2>&-", "> /dev/full"] {
         for setup in ["", "REQUEST_METHOD=GET", "REQUEST_METHOD=GET QUERY_STRING=id=x"] {
-            let line = format!("env {setup} {} {close} | cat > /dev/null", site.cgi_bin("chat").display());
+            let store = format!("SHORTBUS_MEMCACHED={}", site.memcached.address);
+            let line = format!("env {store} {setup} {} {close} | cat > /dev/null", site.cgi_bin("chat").display());
             let line = format!("set -o pipefail; {line}");
             let output = Command::new("bash").args(["-c", &line]).output().unwrap();
             assert!(output.status.code().is_some_and(|code| code <= 1), "{line}: {output:?}");

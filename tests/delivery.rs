@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crate::fixtures::fronts::Front;
 use crate::fixtures::memcached::Memcached;
 use crate::fixtures::signer::unix_millis;
-use crate::fixtures::site::Site;
+use crate::fixtures::site::{Site, on_the_local_store};
 
 const PUBLISHERS: usize = 16;
 const POLLERS: usize = 8;
@@ -88,7 +88,7 @@ fn hear_all(site: &Site, knows_header: bool, start: u64, working: &AtomicUsize) 
     }
 }
 
-/// Kills publishers wherever they are: how many it were. memcached pauses now and then, so that some are caught between
+/// Kills publishers wherever they are: how many it were. The store is held now and then, so that some are caught between
 /// a write and its reply.
 fn kill_here_and_there(site: &Site, over: &AtomicBool) -> usize {
     let mut killed = 0;
@@ -97,14 +97,12 @@ fn kill_here_and_there(site: &Site, over: &AtomicBool) -> usize {
             break;
         }
         let pause = round % 2 == 0;
+        let hold = pause.then(|| site.hold());
         if pause {
-            site.memcached.signal("STOP");
             thread::sleep(Duration::from_millis(round % 7 * 3));
         }
         killed += kill_some(site);
-        if pause {
-            site.memcached.signal("CONT");
-        }
+        drop(hold);
         thread::sleep(Duration::from_millis(20));
     }
     killed
@@ -112,6 +110,15 @@ fn kill_here_and_there(site: &Site, over: &AtomicBool) -> usize {
 
 #[test]
 fn every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
+    all_hear_what_is_acknowledged();
+}
+
+#[test]
+fn on_the_local_store_every_acknowledged_message_reaches_every_poller_once_and_in_one_order() {
+    on_the_local_store(all_hear_what_is_acknowledged);
+}
+
+fn all_hear_what_is_acknowledged() {
     let site = Site::start(Front::ApacheCgid);
     site.copy("chat");
     site.foresee_kills();
@@ -164,6 +171,12 @@ fn every_send_made_twice_and_again_until_answered_is_one_message_on_an_open_bus(
 #[test]
 fn every_send_made_twice_and_again_until_answered_is_one_message_on_a_signed_bus() {
     every_send_is_one_message(true);
+}
+
+#[test]
+fn on_the_local_store_every_send_made_twice_and_again_until_answered_is_one_message() {
+    on_the_local_store(|| every_send_is_one_message(false));
+    on_the_local_store(|| every_send_is_one_message(true));
 }
 
 /// Makes one request again and again until it is answered: the id, and how often it was made again.
@@ -231,17 +244,17 @@ impl Senders<'_> {
     }
 
     /// Kills some, only for a while, so that all come to an end: each one killed may cost a publisher the lease. While
-    /// memcached stops, all are between a write and its reply.
+    /// the store is held, all are between a write and its reply.
     fn kill_for_a_while(&self) -> usize {
         let mut killed = 0;
         for round in 0.. {
             if self.working.load(Ordering::SeqCst) == 0 || self.started.elapsed() > KILLING {
                 break;
             }
-            self.site.memcached.signal("STOP");
+            let hold = self.site.hold();
             thread::sleep(Duration::from_millis(5 + round % 4 * 5));
             killed += kill_some(self.site);
-            self.site.memcached.signal("CONT");
+            drop(hold);
             thread::sleep(Duration::from_millis(40));
         }
         killed

@@ -20,8 +20,17 @@ struct Demo {
 
 impl Demo {
     fn start() -> Demo {
-        let mut child = Command::new("make")
-            .arg("demo")
+        Demo::run(Command::new("make").arg("demo"))
+    }
+
+    /// Where no memcached is installed: a namespace hides it.
+    fn start_without_memcached() -> Demo {
+        let script = "mount --bind /dev/null \"$(command -v memcached)\" && exec make demo";
+        Demo::run(Command::new("unshare").args(["--mount", "--", "sh", "-c", script]))
+    }
+
+    fn run(command: &mut Command) -> Demo {
+        let mut child = command
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .env_remove("MAKEFLAGS")
             .process_group(0)
@@ -73,8 +82,10 @@ impl Drop for Demo {
 
 #[test]
 fn two_demos_at_once_each_let_two_users_talk_and_leave_nothing_behind() {
-    let demos = [Demo::start(), Demo::start()];
+    let demos = [Demo::start(), Demo::start_without_memcached()];
     assert_ne!(demos[0].address, demos[1].address);
+    assert!(demos[0].printed.contains("The bus lives in a memcached of its own.\n"), "{}", demos[0].printed);
+    assert!(demos[1].printed.contains("The bus lives in the file /tmp/"), "{}", demos[1].printed);
     for demo in &demos {
         assert!(demo.printed.contains(&format!("Open http://{}/cgi-bin/chat/ in a browser", demo.address)));
         let page =

@@ -1,6 +1,6 @@
 #!/bin/bash
-# make demo: a bus to try until Ctrl-C, with a private memcached and Apache in a temporary folder, on a free port of
-# this host alone. It runs as any user, beside other servers and other demos.
+# make demo: a bus to try until Ctrl-C, with a private Apache in a temporary folder, on a free port of this host alone;
+# and with a private memcached where there is one to start, else in a file in that folder. It runs as any user, beside other servers and other demos.
 # shellcheck disable=SC2086,SC2317 # process ids and options that may be none; a function for trap
 set -eu
 cd "$(dirname "$0")/.."
@@ -34,7 +34,7 @@ fail() {
 }
 
 watch() {
-    kill -0 $memcached 2>/dev/null || fail "memcached has ended:"
+    [ -z "$memcached" ] || kill -0 $memcached 2>/dev/null || fail "memcached has ended:"
     kill -0 $apache 2>/dev/null || fail "Apache has ended:"
 }
 
@@ -53,8 +53,15 @@ if [ "$(id -u)" -eq 0 ]; then
 fi
 
 # setsid: the terminal's signals are for this script. Apache would take a resized window (SIGWINCH) for "stop".
-setsid memcached -m 16 -s "$dir/run/memcached" $as_user </dev/null >"$dir/memcached.log" 2>&1 &
-memcached=$!
+if [ -x "$(command -v memcached)" ]; then
+    setsid memcached -m 16 -s "$dir/run/memcached" $as_user </dev/null >"$dir/memcached.log" 2>&1 &
+    memcached=$!
+    store="SHORTBUS_MEMCACHED \"$dir/run/memcached\""
+    lives='in a memcached of its own'
+else
+    store="SHORTBUS_STORE \"$dir/run\""
+    lives="in the file $dir/run/chat:messages"
+fi
 
 for modules in /usr/lib/apache2/modules /usr/lib64/httpd/modules /usr/lib/httpd/modules /usr/lib/apache2; do
     [ ! -e $modules/mod_cgid.so ] || break
@@ -76,7 +83,7 @@ $user_lines
 <Directory />
     Require all denied
 </Directory>
-SetEnv SHORTBUS_MEMCACHED "$dir/run/memcached"
+SetEnv $store
 Define SHORTBUS_CGI_BIN "$dir/cgi-bin"
 Include "$PWD/apache-example.conf"
 CONF
@@ -107,6 +114,7 @@ curl --noproxy '*' -sSfo /dev/null "$bus" || fail "the bus does not answer:"
 
 cat <<LINES
 
+The bus lives $lives.
 Open $bus/ in a browser: a page to try the bus on, until you press Ctrl-C here.
 Or paste these lines into another terminal, and two users talk on it:
 

@@ -10,6 +10,7 @@ mod delivery;
 mod demo;
 mod failures;
 mod layout;
+mod local_store;
 mod persistent;
 mod readme;
 mod scenarios;

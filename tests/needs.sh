@@ -31,6 +31,8 @@ package() {
         apt-get/mod_evasive) echo libapache2-mod-evasive msmtp-mta ;;
         */systemd-socket-activate) echo systemd ;;
         dnf/firefox-esr | pacman/firefox-esr) echo firefox ;;
+        dnf/ip) echo iproute ;;
+        */ip) echo iproute2 ;;
         */node) echo nodejs ;;
         dnf/npm) echo nodejs-npm ;;
         *) echo "$2" ;;

@@ -144,7 +144,7 @@ fn settings_faults(page: &str, lists_all: bool) -> Vec<String> {
 #[test]
 fn pages_and_examples_name_only_settings_that_exist_and_lists_of_settings_are_whole() {
     let help = String::from_utf8(Command::new(executable()).env_clear().output().unwrap().stdout).unwrap();
-    assert_eq!(settings().len(), 8, "{:?}", settings());
+    assert_eq!(settings().len(), 10, "{:?}", settings());
     assert_eq!(settings_faults(&help, true), [""; 0], "--help");
     let pages = texts(&[".", "docs", "examples", "src"]);
     for (name, page) in &pages {
@@ -178,6 +178,7 @@ fn its_limits_are_the_sources() {
     for text in [
         format!("| `SHORTBUS_TTL` | {TTL_DEFAULT} | seconds a message lives, 1 to {TTL_MAX};"),
         format!("| `SHORTBUS_MAX_BYTES` | {BYTES_DEFAULT} | largest message body, 1 to {BYTES_MAX} |"),
+        format!("| {STORE_BYTES} | bytes of that file at most, {STORE_BYTES_MIN} to {STORE_BYTES_MAX};"),
         format!("nested at most {DEPTH_MAX} levels"),
         format!("then the {WINDOW} slots after the cursor"),
         format!("K is 1 to {ONCE_MAX} characters"),

@@ -1,6 +1,7 @@
 //! Signed buses: a message there is by the user it names, on the main fronts; and what a signature is, to the byte.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::Write;
 use std::os::unix::ffi::OsStringExt;
 use std::process::{Command, Stdio};
@@ -29,7 +30,23 @@ on_main_fronts! {
     a_key_has_32_bytes_at_least_and_any_of_them
     a_bus_is_signed_or_open_and_nothing_else
     a_body_at_the_limit_is_signed_like_any_other
-    a_restarted_memcached_forgets_its_key_but_not_the_admins
+    a_store_that_lost_all_forgets_its_key_but_not_the_admins
+    a_bus_turns_signed_and_open_again_while_clients_are_on_it
+    an_open_bus_is_as_it_was
+}
+
+on_the_local_store! {
+    a_join_gives_a_secret_by_which_its_user_publishes_to_all
+    many_first_joins_at_the_same_moment_get_secrets_of_one_key
+    each_way_to_fail_has_its_code_and_stores_nothing
+    nothing_signed_can_be_changed_and_no_bit_of_the_signature
+    a_replay_is_a_repeat
+    a_replay_is_no_second_message_at_any_time
+    any_user_id_that_javascript_reads_exactly_can_sign
+    a_key_has_32_bytes_at_least_and_any_of_them
+    a_bus_is_signed_or_open_and_nothing_else
+    a_body_at_the_limit_is_signed_like_any_other
+    a_store_that_lost_all_forgets_its_key_but_not_the_admins
     a_bus_turns_signed_and_open_again_while_clients_are_on_it
     an_open_bus_is_as_it_was
 }
@@ -84,11 +101,20 @@ fn a_join_gives_a_secret_by_which_its_user_publishes_to_all(front: Front) {
     assert_eq!(site.join_signed("keyed").secret.len(), 43);
     let user = site.join_signed("keyed");
     assert_eq!(user.secret, signer(KEY.1.as_bytes(), user.user, "").secret);
-    // The admin's key does not get into memcached; the one that memcached keeps is random.
+    // The admin's key does not get into the store; the one that the store keeps is random.
+    if site.is_local {
+        assert_eq!(["keyed", "%CF%80%20%26%20a"].map(|bus| kept_key(&site, bus) != [0; 32]), [false, true]);
+        return;
+    }
     assert_eq!(
         site.memcached.ask("mg shortbus:keyed:key\r\nmg shortbus:%CF%80%20%26%20a:key s\r\n"),
         "EN\r\nHD s32\r\n"
     );
+}
+
+/// What stands in a bus's file where its signing key is, zeros if none was made.
+fn kept_key(site: &Site, bus: &str) -> [u8; 32] {
+    fs::read(site.store_file(bus)).unwrap().get(2048..2048 + 32).map_or([0; 32], |key| key.try_into().unwrap())
 }
 
 fn many_first_joins_at_the_same_moment_get_secrets_of_one_key(front: Front) {
@@ -402,12 +428,12 @@ fn a_body_at_the_limit_is_signed_like_any_other(front: Front) {
     }
 }
 
-fn a_restarted_memcached_forgets_its_key_but_not_the_admins(front: Front) {
+fn a_store_that_lost_all_forgets_its_key_but_not_the_admins(front: Front) {
     let mut site = Site::with(front, &[("kept", &[SIGNED, KEY]), ("chat", &[SIGNED])]);
     let (kept, old) = (site.join_signed("kept"), site.join_signed("chat"));
     assert_outcome(&send(&site, "chat", &old, "k", "1"), 200, "");
     let cursor = site.join("chat").1;
-    site.memcached.restart();
+    site.lose_all();
     assert_outcome(&send(&site, "kept", &kept, "k", "1"), 200, "");
     // Before anybody joins again, and after.
     assert_outcome(&send(&site, "chat", &old, "k2", "2"), 403, "signature_wrong");
@@ -457,6 +483,10 @@ fn an_open_bus_is_as_it_was(front: Front) {
             let reply = site.post(&format!("{bus}?user=1{query}"), "1");
             assert_eq!(reply.text(), format!("{{\"user\":1,\"id\":{}}}", start + (1 + n as u64) * STEP));
         }
+    }
+    if site.is_local {
+        assert_eq!(["chat", "keyed"].map(|bus| kept_key(&site, bus)), [[0; 32]; 2]);
+        return;
     }
     assert_eq!(site.memcached.ask("mg shortbus:chat:key\r\nmg shortbus:keyed:key\r\n"), "EN\r\nEN\r\n");
 }

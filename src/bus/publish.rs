@@ -179,7 +179,7 @@ async fn claim(
     batch.extend([Op::Last, add, Op::Advance(last.cas), Op::Last, Op::Last]);
     batch.extend(keys.iter().map(|key| Op::Record(key)));
     let mut replies = store.run(&batch).await.map_err(|error| match error {
-        StoreError::Late(_) => Error::Store(error),
+        _ if error.is_refusal() => Error::Store(error),
         // With a record it may be the record that was refused, and not the messages.
         StoreError::Full(_) | StoreError::ItemLimit(_) if keys.is_empty() => Error::Store(error),
         _ => Error::OutcomeUnknown(error.to_string()),

@@ -1,4 +1,4 @@
-//! What the delivery protocol asks of memcached, and nothing more.
+//! What the delivery protocol asks of a store, memcached or a file of this host, and nothing more.
 //!
 //! The stores are [`crate::stores`], and the model under a seeded scheduler in the simulation. [`crate::fastcgi::snapshot`]
 //! answers from memory what it can.
@@ -23,7 +23,7 @@ pub enum Op<'a> {
         slot: u64,
         /// The sender, a space, the message.
         value: &'a [u8],
-        /// Seconds, as memcached counts them.
+        /// Seconds, as the store counts them.
         ttl: u32,
     },
     /// Store a value under a key of its own, for no longer than a second: [`Reply::Stored`], or an error where a slot would not
@@ -41,7 +41,7 @@ pub enum Op<'a> {
         key: &'a str,
         /// What the record begins with.
         token: u64,
-        /// Seconds, as memcached counts them.
+        /// Seconds, as the store counts them.
         ttl: u32,
     },
     /// Append a space and a slot's number to a record: [`Reply::Stored`] or [`Reply::Taken`], where there is none.
@@ -61,7 +61,7 @@ pub enum Reply {
     Counter(Counter),
     /// A slot's value, or the signing key.
     Value(Vec<u8>),
-    /// A record, and for how many seconds, as memcached counts them, it lives still.
+    /// A record, and for how many seconds, as the store counts them, it lives still.
     Record(Vec<u8>, u32),
     /// Done, or there.
     Stored,
@@ -80,8 +80,8 @@ pub struct Counter {
     pub cas: u64,
 }
 
-/// Why memcached could not be used. Whether a write was carried out is unknown, but with `Full`, `ItemLimit` and
-/// `Late`: it was not.
+/// Why a store could not be used. Whether a write was carried out is unknown, but with `Full`, `ItemLimit` and where
+/// [`StoreError::is_refusal`] says so: it was not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreError {
     /// Nothing listens, or the name does not resolve.
@@ -104,6 +104,27 @@ pub enum StoreError {
     ItemLimit(String),
     /// It closed the connection in the middle, or answered something else than memcached would.
     Broken(String),
+    /// Nothing listens there, or the system lets this process connect to nothing.
+    Refused(String),
+
+    /// The local store's disk has no room; nothing was done.
+    StoreFull(String),
+    /// The local store's folder or file may not be used, by its owner, mode or type, or is missing; nothing was done.
+    StoreDenied(String),
+    /// The local store's file cannot be read or written, or is of a later version.
+    StoreBroken(String),
+    /// Another process had the local store's lock for all of the request's time; nothing was done.
+    StoreBusy(String),
+    /// The bus lives nowhere: it has no setting, and no folder of its own could be made; nothing was done.
+    NoPlace(String),
+}
+
+impl StoreError {
+    /// Whether nothing was done, for certain, whatever the batch was.
+    pub fn is_refusal(&self) -> bool {
+        use StoreError::{Late, NoPlace, Refused, StoreBusy, StoreDenied, StoreFull};
+        matches!(self, Late(_) | Refused(_) | StoreFull(_) | StoreDenied(_) | StoreBusy(_) | NoPlace(_))
+    }
 }
 
 impl fmt::Display for StoreError {
@@ -134,11 +155,18 @@ impl fmt::Display for StoreError {
                 "memcached takes no item as large as this; start it with a larger -I or lower SHORTBUS_MAX_BYTES: {cause}"
             ),
             StoreError::Broken(cause) => write!(f, "memcached does not answer as memcached: {cause}"),
+            StoreError::Refused(cause) => write!(f, "cannot reach memcached: {cause}"),
+
+            StoreError::StoreFull(cause) => write!(f, "no room in the local store: {cause}"),
+            StoreError::StoreDenied(cause) => write!(f, "the local store may not be used: {cause}"),
+            StoreError::StoreBroken(cause) => write!(f, "the local store cannot be used: {cause}"),
+            StoreError::StoreBusy(cause) => write!(f, "the local store is busy: {cause}"),
+            StoreError::NoPlace(cause) => write!(f, "no folder for the local store: {cause}"),
         }
     }
 }
 
-/// A bus's keys in one memcached.
+/// A bus's keys in its store.
 #[allow(async_fn_in_trait, reason = "each driver is used by name, on one thread")]
 pub trait Store {
     /// Carries out the operations in this order, sent in one write on one connection: one reply each, or an

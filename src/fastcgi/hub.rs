@@ -5,19 +5,20 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use tokio::select;
 use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
-use tokio::time::timeout;
+use tokio::time::sleep;
 
 use super::snapshot::{CachedStore, Snapshot, refresh};
 use crate::bus::name::Place;
 use crate::bus::{self, Page};
 use crate::limits;
-use crate::stores::memcached::pipelined::{Pipelined, Pool};
+use crate::stores::pooled::{Address, Stores};
 
 /// The buses of this process that have subscribers.
 pub struct Hubs {
-    pool: Rc<Pool>,
+    stores: Stores,
     hubs: RefCell<HashMap<Place, Rc<Hub>>>,
     /// The watchers ask together, so that they share round trips.
     started: Instant,
@@ -25,6 +26,7 @@ pub struct Hubs {
 
 struct Hub {
     place: Place,
+    address: Address,
     snapshot: RefCell<Snapshot>,
     changed: watch::Sender<()>,
     /// Something was published in this process.
@@ -33,16 +35,17 @@ struct Hub {
 
 impl Hubs {
     /// None yet.
-    pub fn new(pool: Rc<Pool>) -> Hubs {
-        Hubs { pool, hubs: RefCell::default(), started: Instant::now() }
+    pub fn new(stores: Stores) -> Hubs {
+        Hubs { stores, hubs: RefCell::default(), started: Instant::now() }
     }
 
-    /// Waits for the messages after `after` of the bus at this place, but those of `except`.
-    pub fn subscribe(self: &Rc<Hubs>, place: Place, after: u64, except: Option<u64>) -> Subscriber {
+    /// Waits for the messages after `after` of the bus at this address, but those of `except`.
+    pub fn subscribe(self: &Rc<Hubs>, address: Address, after: u64, except: Option<u64>) -> Subscriber {
         let mut hubs = self.hubs.borrow_mut();
-        let hub = hubs.entry(place).or_insert_with_key(|place| {
+        let hub = hubs.entry(address.place()).or_insert_with_key(|place| {
             let hub = Rc::new(Hub {
                 place: place.clone(),
+                address,
                 snapshot: RefCell::default(),
                 changed: watch::Sender::default(),
                 published: Notify::new(),
@@ -51,7 +54,7 @@ impl Hubs {
             hub
         });
         Subscriber {
-            pool: self.pool.clone(),
+            stores: self.stores.clone(),
             changed: hub.changed.subscribe(),
             hub: hub.clone(),
             after,
@@ -72,17 +75,26 @@ impl Hubs {
         self.hubs.borrow().values().for_each(|hub| hub.changed.send_replace(()));
     }
 
-    /// Asks the store for as long as there are subscribers.
+    /// Asks the store for as long as there are subscribers: when it tells of a change, or now and then where it does not.
     async fn watch(self: Rc<Hubs>, hub: Rc<Hub>) {
         let mut failures = 0;
         while hub.changed.receiver_count() > 0 {
-            let update = refresh(&mut self.pool.open(&hub.place), &hub.snapshot).await;
+            let mut store = self.stores.open(hub.address.clone());
+            // Before the look: what is published behind it is told.
+            let mut followed = store.follow().await;
+            let update = refresh(&mut store, &hub.snapshot).await;
             failures = if update.is_ok() { 0 } else { failures + 1 };
             if update.is_ok_and(|update| hub.snapshot.borrow_mut().apply(update)) {
                 hub.changed.send_replace(());
             }
             let pause = limits::WATCH_INTERVAL * (1 << failures.min(7));
-            let _ = timeout(pause - self.phase(pause), hub.published.notified()).await;
+            let at_once = failures == 0 && followed.is_some();
+            select! {
+                () = hub.published.notified() => {}
+                () = changed(&mut followed), if at_once => {}
+                () = hub.changed.closed(), if at_once => {}
+                () = sleep(pause - self.phase(pause)), if !at_once => {}
+            }
         }
         self.hubs.borrow_mut().remove(&hub.place);
     }
@@ -93,9 +105,16 @@ impl Hubs {
     }
 }
 
+/// Waits for a change of what is followed, or until the kernel has forgotten it and it is to be followed anew.
+async fn changed(followed: &mut Option<watch::Receiver<()>>) {
+    if let Some(receiver) = followed {
+        let _ = receiver.changed().await;
+    }
+}
+
 /// A request that waits for a bus's messages.
 pub struct Subscriber {
-    pool: Rc<Pool>,
+    stores: Stores,
     hub: Rc<Hub>,
     changed: watch::Receiver<()>,
     after: u64,
@@ -123,7 +142,7 @@ impl Subscriber {
             return Ok(None);
         }
         let (hub, after, except) = (&self.hub, self.after, self.except);
-        let mut store: Pipelined = self.pool.open(&hub.place);
+        let mut store = self.stores.open(hub.address.clone());
         let page = match self.epoch.replace(epoch) == Some(epoch) {
             true => bus::poll(&mut CachedStore { snapshot: &hub.snapshot, store }, after, except).await,
             false => bus::poll(&mut store, after, except).await,

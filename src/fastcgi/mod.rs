@@ -40,8 +40,7 @@ use crate::http::response::Response;
 use crate::http::waiting::Waiting;
 use crate::http::{self, Backend};
 use crate::limits;
-use crate::stores::memcached::codec::place;
-use crate::stores::memcached::pipelined::{Pipelined, Pool};
+use crate::stores::pooled::{Address, Pooled, Stores};
 use crate::stores::random_pause;
 use crate::variables::Variables;
 use codec::{Parameters, Request};
@@ -76,16 +75,16 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
     let connections =
         limits::CONNECTIONS.min(files().saturating_sub(limits::FILES_SPARE + limits::CONNECTIONS_REFUSED)).max(1);
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    let pool = Rc::<Pool>::default();
-    let hubs = Rc::new(Hubs::new(pool.clone()));
+    let stores = Stores::default();
+    let hubs = Rc::new(Hubs::new(stores.clone()));
     // Requests that wait leave room for those that do not.
     let waiting = connections - (connections / 8).max(1);
     let server = Server {
         argv0: argv0.to_vec(),
         environment: Variables::environment(),
-        publishers: Rc::new(Publishers::new(pool.clone(), hubs.clone())),
+        publishers: Rc::new(Publishers::new(stores.clone(), hubs.clone())),
         hubs,
-        pool,
+        stores,
         places: Arc::new(Semaphore::new(connections)),
         refusals: Arc::new(Semaphore::new(limits::CONNECTIONS_REFUSED)),
         waiting: Semaphore::new(waiting),
@@ -115,7 +114,7 @@ fn files() -> usize {
 struct Server {
     argv0: Vec<u8>,
     environment: Variables<'static>,
-    pool: Rc<Pool>,
+    stores: Stores,
     hubs: Rc<Hubs>,
     publishers: Rc<Publishers>,
     /// A permit for each connection that can be served.
@@ -299,8 +298,7 @@ impl Server {
         let permit = self.waiting.try_acquire();
         let at_once = Cell::new(true);
         let ending = if permit.is_ok() { &self.stopping } else { &at_once };
-        let place = place(&waiting.config.memcached, &waiting.config.bus);
-        let subscriber = self.hubs.subscribe(place, waiting.page.last_id, waiting.user);
+        let subscriber = self.hubs.subscribe(Address::of(&waiting.config), waiting.page.last_id, waiting.user);
         let ends = Instant::now() + 2 * random_pause(limits::STREAM_LIFE);
         let mut waiter = Waiter { id, connection, subscriber, ending, ends };
         http::waiting::serve(response, waiting, false, &mut waiter).await
@@ -324,14 +322,14 @@ impl Server {
 }
 
 impl Backend for Server {
-    type Store = Pipelined;
+    type Store = Pooled;
 
-    fn open(&self, config: &Config) -> Result<Pipelined, StoreError> {
-        Ok(self.pool.open(&place(&config.memcached, &config.bus)))
+    fn open(&self, config: &Config) -> Result<Pooled, StoreError> {
+        Ok(self.stores.open(Address::of(config)))
     }
 
     async fn publish(&self, config: &Config, publish: Publish<'_>) -> Result<Vec<u64>, bus::Error> {
-        self.publishers.publish(place(&config.memcached, &config.bus), publish, config.ttl).await
+        self.publishers.publish(Address::of(config), publish, config.ttl).await
     }
 }
 

@@ -14,11 +14,11 @@ use crate::bus::name::Place;
 use crate::bus::store::StoreError;
 use crate::bus::{self, IdempotencyKey, Known, Publish};
 use crate::limits;
-use crate::stores::memcached::pipelined::{Pipelined, Pool};
+use crate::stores::pooled::{Address, Pooled, Stores};
 
 /// The buses that somebody publishes on.
 pub struct Publishers {
-    pool: Rc<Pool>,
+    stores: Stores,
     hubs: Rc<Hubs>,
     buses: RefCell<HashMap<Place, Rc<Queue>>>,
 }
@@ -52,8 +52,8 @@ impl Waiting {
 
 impl Publishers {
     /// None yet.
-    pub fn new(pool: Rc<Pool>, hubs: Rc<Hubs>) -> Publishers {
-        Publishers { pool, hubs, buses: RefCell::default() }
+    pub fn new(stores: Stores, hubs: Rc<Hubs>) -> Publishers {
+        Publishers { stores, hubs, buses: RefCell::default() }
     }
 
     /// Publishes on a bus, for `ttl` seconds.
@@ -62,7 +62,7 @@ impl Publishers {
     /// As [`bus::publish`].
     pub async fn publish(
         self: &Rc<Publishers>,
-        place: Place,
+        address: Address,
         publish: Publish<'_>,
         ttl: u32,
     ) -> Result<Vec<u64>, bus::Error> {
@@ -77,10 +77,10 @@ impl Publishers {
         let queue = self
             .buses
             .borrow_mut()
-            .entry(place)
+            .entry(address.place())
             .or_insert_with_key(|place| {
                 let queue = Rc::<Queue>::default();
-                spawn_local(self.clone().serve(place.clone(), queue.clone()));
+                spawn_local(self.clone().serve(address.clone(), place.clone(), queue.clone()));
                 queue
             })
             .clone();
@@ -90,8 +90,8 @@ impl Publishers {
 
     /// Publishes one group after the other, until nothing waits. What a claim knows of `last` is the next one's, on the same
     /// connection: on another, memcached may have restarted.
-    async fn serve(self: Rc<Publishers>, place: Place, queue: Rc<Queue>) {
-        let mut kept: Option<(Pipelined, Known)> = None;
+    async fn serve(self: Rc<Publishers>, address: Address, place: Place, queue: Rc<Queue>) {
+        let mut kept: Option<(Pooled, Known)> = None;
         loop {
             let group = queue.next_group();
             if group.is_empty() {
@@ -99,7 +99,7 @@ impl Publishers {
                 return;
             }
             let kept_open = kept.take().filter(|(store, _)| store.is_open());
-            let (mut store, known) = kept_open.unwrap_or_else(|| (self.pool.open(&place), None));
+            let (mut store, known) = kept_open.unwrap_or_else(|| (self.stores.open(address.clone()), None));
             store.renew();
             let mut claim = Box::pin(self.clone().publish_group(place.clone(), store, known, group));
             // Where the store is silent, no publisher waits for others' time-outs: the next group is one more publisher, as
@@ -114,10 +114,10 @@ impl Publishers {
     async fn publish_group(
         self: Rc<Publishers>,
         place: Place,
-        mut store: Pipelined,
+        mut store: Pooled,
         mut known: Known,
         group: Vec<Waiting>,
-    ) -> (Pipelined, Known) {
+    ) -> (Pooled, Known) {
         let (ttl, publishes) = (group[0].ttl, group.iter().map(Waiting::publish).collect());
         let mut answers = bus::publish_group(&mut store, publishes, ttl, &mut known).await;
         let refused =

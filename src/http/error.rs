@@ -242,7 +242,7 @@ impl Error {
             Error::Bus(Bus::OutcomeUnknown(_)) => (
                 503,
                 "outcome_unknown",
-                "memcached failed or was late while publishing: the message may have been published or not; poll to \
+                "The store failed or was late while publishing: the message may have been published or not; poll to \
                  find out."
                     .into(),
             ),
@@ -279,6 +279,41 @@ impl Error {
                         .into(),
                 ),
                 StoreError::Broken(_) => (503, "memcached_broken", STORE.into()),
+                StoreError::Refused(_) => (503, "memcached_unreachable", STORE.into()),
+
+                StoreError::StoreFull(_) => (
+                    503,
+                    "store_full",
+                    "There is no room where the bus's file is; nothing was published. Make room there, and try again.".into(),
+                ),
+                StoreError::StoreDenied(_) => (
+                    503,
+                    "store_denied",
+                    "The web server's user may not use the bus's folder or file, or another user made it; nothing was \
+                     published. The web server's error log names it: mend its owner and mode, or set SHORTBUS_STORE."
+                        .into(),
+                ),
+                StoreError::StoreBroken(_) => (
+                    503,
+                    "store_broken",
+                    "The bus's file cannot be read or written. The web server's error log says why; with that mended, \
+                     try again."
+                        .into(),
+                ),
+                StoreError::StoreBusy(_) => (
+                    503,
+                    "store_busy",
+                    "Another process holds the bus's file and does not go on; nothing was published. Try again later; \
+                     if it stays so, look for a stopped process."
+                        .into(),
+                ),
+                StoreError::NoPlace(_) => (
+                    500,
+                    "bad_setting",
+                    "This host has no /dev/shm that the bus may use: set SHORTBUS_STORE to a folder of the web server's \
+                     user, or SHORTBUS_MEMCACHED to a memcached."
+                        .into(),
+                ),
             },
         }
     }

@@ -8,9 +8,10 @@
 //! 5. Every number is checked before it gets into a key, every name is encoded.
 //! 6. A reply is JSON with an exact type and `nosniff`; nothing of a request gets into its headers but an allowed
 //!    origin.
-//! 7. All waiting for memcached is bounded by [`crate::limits::STORE_DEADLINE`].
+//! 7. All waiting for the store is bounded by [`crate::limits::STORE_DEADLINE`].
 //! 8. stderr gets one line, control characters escaped.
 //! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time.
+//! 10. What another user could have put in the place of a bus's folder, file or decision is refused.
 
 pub mod error;
 pub mod event_stream;

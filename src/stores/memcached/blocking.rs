@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use memcache::exp::Error;
 
 use super::codec::{
-    Parts, Responses, command, key_prefix, replies, server_for, split_response, store_error, unexpected,
+    Parts, Responses, command, connect_error, key_prefix, replies, server_for, split_response, store_error, unexpected,
 };
 use super::connect::{connect, left};
 use crate::bus::store::{Op, Reply, Store, StoreError};
@@ -35,7 +35,7 @@ impl Memcached {
     pub fn connect(servers: &[String], bus: &[u8]) -> Result<Memcached, StoreError> {
         let server = server_for(servers, bus).to_owned();
         let started = Instant::now();
-        let socket = connect(&server, started).map_err(|error| store_error(&server, Error::Io(error)))?;
+        let socket = connect(&server, started).map_err(|error| connect_error(&server, error))?;
         // std's sockets raise no SIGPIPE; to read, write and time-outs a connected unix socket is the same as TCP.
         let reader = BufReader::new(TcpStream::from(OwnedFd::from(socket)));
         Ok(Memcached { reader, server, prefix: key_prefix(bus), started })

@@ -4,10 +4,9 @@ use std::io;
 
 use memcache::exp::{Error, MetaCommand, MetaOp, MetaResponse, Rendezvous, ReturnCode, Router};
 
-use crate::bus::name::{self, Place};
 use crate::bus::store::{Counter, Op, Reply, StoreError};
-use crate::hash;
 use crate::limits;
+use crate::stores::short_name;
 use crate::variables::whole_number;
 
 /// What asks memcached for `op`.
@@ -117,6 +116,16 @@ pub fn split_response(input: &mut &[u8]) -> Result<Option<Parts>, Error> {
 /// Longest line of a response. memcached's own end below 2,048.
 const LINE_MAX: usize = 4096;
 
+/// What it means that there is no connection.
+pub fn connect_error(server: &str, error: io::Error) -> StoreError {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied | io::ErrorKind::NetworkUnreachable => {
+            StoreError::Refused(format!("{server}: {error}"))
+        }
+        _ => store_error(server, Error::Io(error)),
+    }
+}
+
 /// What a failure of the exchange means.
 pub fn store_error(server: &str, error: Error) -> StoreError {
     let cause = format!("{server}: {error}");
@@ -194,21 +203,9 @@ pub fn server_for<'a>(servers: &'a [String], bus: &[u8]) -> &'a str {
     }
 }
 
-/// Where a bus lives, of these servers.
-pub fn place(servers: &[String], bus: &[u8]) -> Place {
-    Place { server: server_for(servers, bus).to_owned(), bus: bus.to_owned() }
-}
-
-/// `shortbus:NAME:`, where no two names share a key and no key holds a space. A name too long for memcached's 250
-/// bytes is cut and hashed.
+/// `shortbus:NAME:`, where no two names share a key and no key holds a space.
 pub fn key_prefix(bus: &[u8]) -> String {
-    let mut name = name::encode(bus);
-    if name.len() > limits::NAME_MAX {
-        // '*' stands in no encoded name, so a cut name is never another bus's whole one.
-        name.truncate(limits::NAME_MAX - 33);
-        name.push_str(&format!("*{:032x}", hash::fnv1a_128(bus)));
-    }
-    format!("shortbus:{name}:")
+    format!("shortbus:{}:", short_name(bus))
 }
 
 #[cfg(test)]

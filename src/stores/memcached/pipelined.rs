@@ -26,7 +26,9 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
-use super::codec::{Parts, Responses, command, key_prefix, replies, split_response, store_error, unexpected};
+use super::codec::{
+    Parts, Responses, command, connect_error, key_prefix, replies, split_response, store_error, unexpected,
+};
 use super::connect::connect;
 use crate::bus::name::Place;
 use crate::bus::store::{Op, Reply, Store, StoreError};
@@ -109,7 +111,7 @@ async fn dial(server: &str) -> Result<TcpStream> {
         // As in the blocking driver: to read and write, a connected unix socket is the same.
         TcpStream::from_std(StdTcpStream::from(OwnedFd::from(socket)))
     };
-    connected.await.map_err(|error| store_error(server, Error::Io(error)))
+    connected.await.map_err(|error| connect_error(server, error))
 }
 
 /// A connection and all that goes through it.
