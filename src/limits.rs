@@ -44,8 +44,8 @@ pub const SLOT_MESSAGES: u64 = 256;
 /// memcached (see [`BYTES_MAX`]).
 pub const BATCH_BYTES: usize = BYTES_MAX;
 
-/// Bytes of a slot in which several publishers go together.
-pub const SLOT_BYTES: usize = BYTES_MAX;
+/// Bytes of a slot in which several publishers go together: so few that a store that takes any message takes them.
+pub const SLOT_BYTES: usize = TRIAL_BYTES;
 
 /// Bytes that a message takes in a slot beside its own, at most: user, token, length and what divides them.
 pub const SLOT_MESSAGE: usize = 2 * 16 + 7 + ".: ".len();

@@ -336,7 +336,7 @@ fn a_memcached_without_cas_is_refused(front: Front) {
     site.copy("chat");
     assert_away(&site, "chat", "memcached_no_cas");
     let last =
-        || site.memcached.ask("mg shortbus:chat:last v\r\n").split("\r\n").nth(1).unwrap().parse::<u64>().unwrap();
+        || site.memcached.ask("mg shortbus:chat:newest v\r\n").split("\r\n").nth(1).unwrap().parse::<u64>().unwrap();
     let before = last();
     // Each of them would take the same id, and all but one message would be lost.
     for reply in site.at_once(16, |n| site.post(&format!("chat?user={n}"), "1")) {
@@ -431,7 +431,7 @@ fn a_message_above_memcached_s_item_limit_is_refused_and_uses_up_no_id(front: Fr
         }
     });
     assert!(largest.is_some());
-    assert_eq!(site.publish("chat", 1, "1"), start + 2);
+    assert_eq!(site.publish("chat", 1, "1"), start + 2 * STEP);
     let reply = site.get(&format!("chat?id={start}"));
     assert_eq!((reply.header("shortbus-missed"), reply.json().as_array().unwrap().len()), (None, 2));
     assert_eq!(site.memcached.ask("mg shortbus:chat:trial\r\n"), "EN\r\n");
@@ -456,9 +456,9 @@ fn a_large_message_that_a_full_memcached_refuses_uses_up_no_id(front: Front) {
             assert!(stored < 1_000, "2 MB are never full");
         }
         assert!(stored > 0);
-        assert_eq!(site.join("chat").1, start + stored);
+        assert_eq!(site.join("chat").1, start + stored * STEP);
         let reply = site.get(&format!("chat?user=1&id={start}"));
-        assert_eq!(reply.header("shortbus-last-id"), Some(&(start + stored).to_string()[..]));
+        assert_eq!(reply.header("shortbus-last-id"), Some(&(start + stored * STEP).to_string()[..]));
         assert_eq!(reply.header("shortbus-missed"), None);
     }
 }

@@ -23,6 +23,7 @@ use crate::fixtures::fastcgi_server::{Worker, copy};
 use crate::fixtures::fronts::Front;
 use crate::fixtures::host::{Host, OTHER, Request, USER, answer};
 use crate::fixtures::http_client::Reply;
+use crate::fixtures::memcached::STEP;
 use crate::fixtures::site::{Site, on_the_local_store};
 
 /// How often a process is killed in `publishers_and_pollers_that_are_killed_lose_nothing`.
@@ -59,7 +60,7 @@ fn a_blank_host_is_enough_and_a_memcached_that_comes_later_changes_nothing() {
     let start = id_of(&host.get(USER, "", &[]));
     assert_eq!(decision(&host, "chat").as_deref(), Some("local"));
     let id = id_of(&host.post(USER, "user=1", "\"hello\"", &[]));
-    assert_eq!(id, start + 1);
+    assert_eq!(id, start + STEP);
     let memcached = host.memcached();
     let told = [json!({"id": id, "user": 1, "data": "hello"})];
     assert_eq!(heard(&host.get(USER, &format!("id={start}"), &[])), told);
@@ -357,7 +358,7 @@ fn users_whom_the_folders_group_lets_in_share_a_bus() {
         answer(child)
     };
     let first = id_of(&ask(USER, "POST", "user=1"));
-    assert_eq!(id_of(&ask(OTHER, "POST", "user=2")), first + 1);
+    assert_eq!(id_of(&ask(OTHER, "POST", "user=2")), first + STEP);
     assert_eq!(heard(&ask(USER, "GET", &format!("id={}", first - 1))).len(), 2);
     // But not where everyone may write.
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o1777)).unwrap();
@@ -394,7 +395,7 @@ fn a_full_disk_refuses_for_certain_and_polls_go_on() {
         reply.status != 409
     });
     let id = id_of(&reply);
-    assert_eq!((id, id_of(&store.post(&query, &body))), (told.last().unwrap() + 1, id));
+    assert_eq!((id, id_of(&store.post(&query, &body))), (told.last().unwrap() + STEP, id));
 }
 
 #[test]
@@ -423,7 +424,7 @@ fn a_read_only_folder_is_polled_and_refuses_for_certain() {
         assert_outcome(&store.post(query, "1"), 503, "store_denied");
     }
     store.host.sh(&format!("umount {}", store.folder.display()));
-    assert_eq!(id_of(&store.post("user=1&once=k", "1")), id + 1);
+    assert_eq!(id_of(&store.post("user=1&once=k", "1")), id + STEP);
 }
 
 #[test]
@@ -468,7 +469,7 @@ fn messages_live_for_the_ttl_that_they_were_published_with() {
     assert!(started.elapsed() > Duration::from_secs(3) && started.elapsed() < Duration::from_millis(3_900));
     assert!(missed(&store.get(&format!("id={start}"))));
     store.ttl = "60".into();
-    assert_eq!(store.publish("\"three\""), id + 2);
+    assert_eq!(store.publish("\"three\""), id + 2 * STEP);
     assert_eq!(texts(&store), ["three"]);
 }
 
@@ -478,7 +479,7 @@ fn a_file_is_bounded_and_the_oldest_messages_go_first() {
     let start = store.join();
     let body = format!("\"{}\"", "x".repeat(100_000));
     let ids: Vec<u64> = (0..60).map(|_| store.publish(&body)).collect();
-    assert_eq!(ids, (start + 1..=start + 60).collect::<Vec<_>>());
+    assert_eq!(ids, (1..=60).map(|n| start + n * STEP).collect::<Vec<_>>());
     let metadata = fs::metadata(store.file()).unwrap();
     assert!(metadata.len() <= limits::STORE_BYTES_MIN && metadata.blocks() * 512 <= limits::STORE_BYTES_MIN);
     let (mut at, mut lives) = (start, vec![]);
@@ -493,7 +494,7 @@ fn a_file_is_bounded_and_the_oldest_messages_go_first() {
         at = next;
     }
     assert!((20..30).contains(&lives.len()), "{}", lives.len());
-    assert_eq!(lives, (start + 61 - lives.len() as u64..start + 61).collect::<Vec<_>>());
+    assert_eq!(lives, (61 - lives.len() as u64..61).map(|n| start + n * STEP).collect::<Vec<_>>());
     // The setting of a process that comes later changes nothing.
     let larger = Store { bytes: (8 << 20).to_string(), ..store };
     for _ in 0..60 {
@@ -518,7 +519,7 @@ fn a_writer_that_is_stopped_holds_up_no_poll_and_publishers_for_less_than_two_se
         assert!((1_400..2_000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
     }
     drop(file);
-    assert_eq!(id_of(&store.post("user=1&once=k", "1")), id + 1);
+    assert_eq!(id_of(&store.post("user=1&once=k", "1")), id + STEP);
 }
 
 /// Damages a file in one way, and looks that nobody hears what was not said, that the next publish works, and that ids rise.
@@ -538,7 +539,7 @@ fn assert_damage_is_survived(store: &Store, what: &str, damage: impl FnOnce(&fs:
     let id = store.publish("\"next\"");
     let reply = store.get(&format!("id={start}"));
     let after = heard(&reply);
-    assert!(id > start + 3, "{what}: {id} after {start}");
+    assert!(id > start + 3 * STEP, "{what}: {id} after {start}");
     assert!(missed(&reply) || after.len() == 4, "{what}: {after:?}");
     assert_eq!(after.last().unwrap(), &json!({"id": id, "user": 1, "data": "next"}), "{what}");
 }
@@ -669,7 +670,7 @@ fn publishers_and_pollers_that_are_killed_lose_nothing() {
     }
     let mut ids: Vec<u64> = found.values().copied().collect();
     ids.sort_unstable();
-    assert_eq!(ids, (start + 1..=at).collect::<Vec<_>>(), "no id is left out");
+    assert_eq!(ids, (start + STEP..=at).step_by(STEP as usize).collect::<Vec<_>>(), "no slot is left out");
     let acknowledged: Vec<_> = ledgers.iter().flat_map(|ledger| &ledger.acknowledged).collect();
     for (text, id) in &acknowledged {
         assert_eq!(found.get(*text), Some(*id), "{text}");
@@ -785,7 +786,7 @@ fn a_publisher_that_waits_for_the_lock_holds_up_nobody_else_in_its_process() {
     }
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     drop(file);
-    assert_eq!(id_of(&bus.connect().ask("POST", "user=1&once=k", &[], b"1").answer().reply), id + 1);
+    assert_eq!(id_of(&bus.connect().ask("POST", "user=1&once=k", &[], b"1").answer().reply), id + STEP);
 }
 
 #[test]
@@ -802,7 +803,7 @@ fn processes_that_stay_decide_as_those_that_end() {
     assert_eq!(decision(&host, "chat"), None);
     let id = id_of(&ask("POST", "user=1", "\"stays\""));
     assert_eq!(decision(&host, "chat").as_deref(), Some("local"));
-    assert_eq!(id_of(&host.post(USER, "user=1", "\"ends\"", &[])), id + 1);
+    assert_eq!(id_of(&host.post(USER, "user=1", "\"ends\"", &[])), id + STEP);
     assert_eq!(heard(&ask("GET", &format!("id={}", id - 1), "")).len(), 2);
     host.sh(&format!("rm /dev/shm/shortbus-{USER}/chat"));
     let memcached = host.memcached();

@@ -11,7 +11,6 @@ use tokio::time::timeout;
 
 use super::hub::Hubs;
 use crate::bus::name::Place;
-use crate::bus::store::StoreError;
 use crate::bus::{self, IdempotencyKey, Known, Publish};
 use crate::limits;
 use crate::stores::pooled::{Address, Pooled, Stores};
@@ -102,11 +101,18 @@ impl Publishers {
             let (mut store, known) = kept_open.unwrap_or_else(|| (self.stores.open(address.clone()), None));
             store.renew();
             let mut claim = Box::pin(self.clone().publish_group(place.clone(), store, known, group));
-            // Where the store is silent, no publisher waits for others' time-outs: the next group is one more publisher, as
-            // from another process.
             match timeout(limits::PUBLISH_LOCK, &mut claim).await {
                 Ok(left) => kept = Some(left),
-                Err(_) => drop(spawn_local(claim)),
+                // Where the store is silent, no publisher waits for others' time-outs: each group goes by itself, as from
+                // another process.
+                Err(_) => {
+                    let groups = std::iter::from_fn(|| Some(queue.next_group()).filter(|group| !group.is_empty()));
+                    spawn_local(claim);
+                    for group in groups {
+                        let store = self.stores.open(address.clone());
+                        spawn_local(self.clone().publish_group(place.clone(), store, None, group));
+                    }
+                }
             }
         }
     }
@@ -119,15 +125,7 @@ impl Publishers {
         group: Vec<Waiting>,
     ) -> (Pooled, Known) {
         let (ttl, publishes) = (group[0].ttl, group.iter().map(Waiting::publish).collect());
-        let mut answers = bus::publish_group(&mut store, publishes, ttl, &mut known).await;
-        let refused =
-            |answer: &Result<Vec<u64>, bus::Error>| matches!(answer, Err(bus::Error::Store(StoreError::ItemLimit(_))));
-        if group.len() > 1 && answers.iter().any(refused) {
-            // Alone each may be small enough.
-            for (waiting, answer) in group.iter().zip(&mut answers).filter(|(_, answer)| refused(answer)) {
-                *answer = bus::publish(&mut store, waiting.publish(), ttl).await;
-            }
-        }
+        let answers = bus::publish_group(&mut store, publishes, ttl, &mut known).await;
         if answers.iter().any(Result::is_ok) {
             self.hubs.published(&place);
         }
