@@ -32,6 +32,8 @@ macro_rules! client {
             "\n",
             include_str!("client/session.js"),
             "\n",
+            include_str!("client/batch.js"),
+            "\n",
             include_str!("client/outbox.js"),
             "\n",
             include_str!("client/event_stream.js"),

@@ -2,7 +2,7 @@
 
 /** Why something failed. */
 export interface BusError extends Error {
-  /** The server's stable code, or `network`, `http`, `not_a_bus`, `insecure_context`. */
+  /** The server's stable code, or `network`, `http`, `not_a_bus`, `late`, `insecure_context`. */
   readonly code: string;
   /** The HTTP status; 0 where no server answered. */
   readonly status: number;
@@ -36,6 +36,8 @@ export interface MessageBusEventMap<T = any> {
   rejoin: BusRejoinEvent;
   /** A poll failed, and they go on by themselves; or a send did for good. */
   error: BusErrorEvent;
+  /** What waits to be sent has fallen to `bufferedAmountLowThreshold`, or below. */
+  bufferedamountlow: Event;
   close: Event;
 }
 
@@ -66,6 +68,10 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   readonly connected: boolean;
   /** How it hears: `tab`: another tab has the connection, for all of them; undefined until it does. */
   readonly transport: "stream" | "long-poll" | "poll" | "tab" | undefined;
+  /** Bytes of the messages, as JSON in UTF-8, that were given to be sent and are neither delivered nor failed. */
+  readonly bufferedAmount: number;
+  /** Bytes; 0 until set. */
+  bufferedAmountLowThreshold: number;
 
   onopen: ((this: this, event: Event) => void) | null;
   onmessage: ((this: this, event: BusMessageEvent<T>) => void) | null;
@@ -73,6 +79,7 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   onmissed: ((this: this, event: Event) => void) | null;
   onrejoin: ((this: this, event: BusRejoinEvent) => void) | null;
   onerror: ((this: this, event: BusErrorEvent) => void) | null;
+  onbufferedamountlow: ((this: this, event: Event) => void) | null;
   onclose: ((this: this, event: Event) => void) | null;
 
   /** Sends; where that fails for good there is an `error` event. */

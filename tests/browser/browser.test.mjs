@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { after, test } from "node:test";
 import puppeteer from "puppeteer-core";
 import { setTimeout as sleep } from "node:timers/promises";
-import { atEnd, startFastcgiSite, startProxy, startSite, until } from "./servers.mjs";
+import { atEnd, startFastcgiSite, startProxy, startSite, unbatched, until } from "./servers.mjs";
 
 const SIGNED = { SHORTBUS_AUTH: "signed" };
 const site = await startSite((site) => {
@@ -326,25 +326,39 @@ test("online again, it waits for no poll that hangs", async (t) => {
   assert.deepEqual(await page.evaluate(() => heard), ["meanwhile"]);
 });
 
-for (const name of ["outlives", "signed-outlives"]) {
-  test(`a message under way outlives its page, and those behind it, on the bus ${name}`, async (t) => {
+for (const [name, age] of [
+  ["outlives", "new"],
+  ["signed-outlives", "new"],
+  ["outlives", "old"],
+  ["signed-outlives", "old"],
+]) {
+  test(`a message under way outlives its page, and those behind it, on the ${age} bus ${name}`, async (t) => {
     let open;
     const gone = new Promise((resolve) => (open = resolve));
-    const [page, proxy] = await through(t, name, async (pass, request) => {
+    const treat = async (pass, request) => {
       if (isPoll(request)) return never;
       if (request.method === "POST") await gone;
       return request.isCut() ? undefined : pass();
-    });
+    };
+    const [page, proxy] = await through(t, name, age === "old" ? unbatched(treat) : treat);
     const bus = site.bus(name);
     const { id } = (await site.ask(bus)).json;
     await until("a poll", () => proxy.requests.some(isPoll));
-    await page.evaluate(() => [1, 2, 3].forEach((n) => bus.postMessage(n)));
+    await page.evaluate(() => bus.postMessage(1));
     await until("the first", () => proxy.requests.some(isPost));
+    await page.evaluate(async () => {
+      [2, 3, 4].forEach((n) => bus.postMessage(n));
+      await new Promise((resolve) => setTimeout(resolve, 100)); // to be signed
+    });
     await page.close();
     await until("its poll to be cut", () => !proxy.polling);
     open();
-    await until("all three", async () => (await site.ask(`${bus}?id=${id}`)).json.length === 3);
-    assert.equal(proxy.requests.filter(isPost).length, 3);
+    const messages = async () => (await site.ask(`${bus}?id=${id}`)).json.map(({ data }) => data);
+    await until("all", async () => (await messages()).length === 4);
+    assert.deepEqual((await messages()).sort(), [1, 2, 3, 4]);
+    const bodies = proxy.requests.filter(isPost).map(({ body }) => body);
+    const expected = age === "new" ? ["1", "[2,3,4]"] : ["1", "2", "3", "4"];
+    assert.deepEqual(bodies.sort(), expected);
   });
 }
 
@@ -376,18 +390,54 @@ test("a message in the pause between two tries leaves with its page, once", asyn
 });
 
 test("for what a page leaves behind the signatures are at hand", async (t) => {
-  const [page] = await through(t, "signed-hand", (pass, request) => (isPost(request) ? never : pass()));
-  await until("the join", () => page.evaluate(() => bus.connected));
-  const at = await page.evaluate(async () => {
-    const urls = [];
-    window.fetch = (url) => new Promise(() => urls.push(url));
-    for (const n of [1, 2, 3]) bus.postMessage(n);
-    await new Promise((resolve) => setTimeout(resolve, 200));
-    const before = urls.length;
-    window.dispatchEvent(new Event("pagehide"));
-    return [before, urls.filter((url) => /&sig=[\w-]{43}$/.test(url)).length];
+  for (const [treat, batch, requests] of [
+    [(treat) => treat, "&batch=1", 2],
+    [unbatched, "", 4], // an old bus
+  ]) {
+    const [page] = await through(t, "signed-hand", treat((pass, request) => (isPost(request) ? never : pass())));
+    await until("the join", () => page.evaluate(() => bus.connected));
+    const at = await page.evaluate(async () => {
+      const urls = [];
+      window.fetch = (url) => new Promise(() => urls.push(url));
+      const wait = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+      bus.postMessage(1);
+      await wait(100);
+      for (const n of [2, 3, 4]) bus.postMessage(n);
+      await wait(200);
+      const before = urls.length;
+      window.dispatchEvent(new Event("pagehide"));
+      return [before, urls.filter((url) => /&sig=[\w-]{43}$/.test(url))];
+    });
+    // The latter at once, before anything else could run.
+    assert.deepEqual([at[0], at[1].length], [1, requests]);
+    assert(at[1].slice(1).every((url) => url.includes(`${batch}&time=`)), `${at[1]}`);
+  }
+});
+
+test("what is too much to outlive a page waits, in order, and leaves if the page comes back", async (t) => {
+  let open;
+  const back = new Promise((resolve) => (open = resolve));
+  const [page, proxy] = await through(t, "much", async (pass, request) => {
+    if (isPost(request)) await back;
+    return pass();
   });
-  assert.deepEqual(at, [1, 3]); // the latter at once, before anything else could run
+  const { id } = (await site.ask(site.bus("much"))).json;
+  await until("the join", () => page.evaluate(() => bus.connected));
+  await page.evaluate(() => bus.postMessage(0));
+  const bodies = () => proxy.requests.filter(isPost).map(({ body }) => body);
+  await until("the first", () => bodies()[0]);
+  await page.evaluate(() => {
+    for (let n = 1; n < 100; n++) bus.postMessage(n + "x".repeat(998 - String(n).length));
+    window.dispatchEvent(new Event("pagehide"));
+    window.dispatchEvent(new Event("pageshow"));
+  });
+  await until("what outlives it", () => bodies()[1]);
+  assert.deepEqual(bodies().map((body) => body.length), [1, 59 * 1_001 + 1]);
+  open();
+  await until("the rest", () => page.evaluate(() => !bus.bufferedAmount));
+  const messages = (await site.ask(`${site.bus("much")}?id=${id}`)).json.map(({ data }) => parseInt(data));
+  assert.deepEqual(messages.filter((n) => n), numbers(1, 100));
+  assert.equal(messages.length, 100);
 });
 
 test("left before it is joined and come back, a page is still who it was", async (t) => {

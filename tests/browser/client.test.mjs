@@ -7,7 +7,7 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { setTimeout as sleep } from "node:timers/promises";
-import { startFastcgiSite, startProxy, startSite, until } from "./servers.mjs";
+import { startFastcgiSite, startProxy, startSite, unbatched, until } from "./servers.mjs";
 
 globalThis.crypto ??= webcrypto; // Node 18 has it, but not there
 
@@ -16,6 +16,7 @@ const KEY = { SHORTBUS_KEY: "0123456789abcdef0123456789abcdef" };
 let switched = {}; // the settings of the bus of this name
 const site = await startSite(() => ({
   small: { SHORTBUS_MAX_BYTES: "100" },
+  large: { SHORTBUS_MAX_BYTES: "100000" },
   short: { SHORTBUS_TTL: "1" },
   signed: SIGNED,
   keyed: { ...SIGNED, ...KEY },
@@ -37,6 +38,7 @@ function open(t, url, options = { interval: 20 }) {
   const bus = new MessageBus(url, options);
   t.after(() => bus.close());
   const events = { message: [], error: [], missed: [], open: [], messageerror: [], rejoin: [], close: [] };
+  events.bufferedamountlow = [];
   for (const [type, list] of Object.entries(events)) bus.addEventListener(type, (event) => list.push(event));
   return Object.assign(bus, { events, heard: () => events.message.map((event) => event.data) });
 }
@@ -258,8 +260,9 @@ test("a signal closes the bus and rejects what has not left yet", async (t) => {
   );
   const abort = new AbortController();
   const bus = await joined(t, proxy.url, { interval: 20, signal: abort.signal });
-  const sent = [1, 2, 3].map((n) => bus.send(n));
+  const sent = [bus.send(1)];
   await until("the first to leave", () => posts(proxy).length);
+  sent.push(...[2, 3].map((n) => bus.send(n)));
   abort.abort(new Error("enough"));
   for (const rest of sent.slice(1)) await assert.rejects(rest, /enough/);
   assert.deepEqual([bus.events.close.length, bus.connected], [1, false]);
@@ -569,7 +572,10 @@ for (const name of ["lost", "signed"]) {
       const reply = await pass();
       return posts(proxy).length % 3 ? undefined : reply;
     });
-    const ids = await Promise.all(["a", "b"].map((data) => ann.send(data)));
+    const sent = [ann.send("a")];
+    await until("the first to leave", () => posts(proxy).length);
+    sent.push(ann.send("b"));
+    const ids = await Promise.all(sent);
     await until("both", () => bob.heard().length >= 2);
     assert.deepEqual(bob.events.message.map(({ lastEventId }) => Number(lastEventId)), ids);
     assert.deepEqual([bob.heard(), ann.events.error], [["a", "b"], []]);
@@ -630,18 +636,37 @@ test("after its deadline a message is given up, with the last reason, and the ne
   };
   const [ann, proxy] = await sender(t, url, treat, { interval: 20, deadline: 2_000 });
   const start = performance.now();
-  const [late, next] = [ann.send("late"), ann.send("next")];
+  const late = ann.send("late");
   await until("some tries", () => tries > 1);
+  const next = ann.send("next");
   assert.equal(ann.events.error.length, 0);
   await assert.rejects(late, said("last", 500));
   const took = performance.now() - start;
   assert(took > 1_900 && took < 3_000, `${took} ms`);
-  // It was late too: but each gets a try.
   await next;
   await until("the message", () => bob.heard().length);
   assert.deepEqual(bob.heard(), ["next"]);
   assert.deepEqual(ann.events.error.map(({ error }) => error.code), ["last"]);
   assert.equal(posts(proxy).length, tries + 1);
+});
+
+test("a message whose time is over before its turn has come is given up untried", async (t) => {
+  const slow = (pass) => sleep(900).then(pass);
+  const [bus, proxy] = await sender(t, site.bus("waited"), slow, { interval: 20, deadline: 1_200 });
+  const first = bus.send("first");
+  await until("it to leave", () => posts(proxy).length);
+  const rest = await Promise.allSettled(numbers(0, 300).map((n) => bus.send(n)));
+  assert(await first);
+  for (const { value } of rest.slice(0, 256)) assert(value);
+  for (const { reason } of rest.slice(256)) said("late", 0)(reason);
+  assert.deepEqual([rest.length, posts(proxy).length, bus.bufferedAmount], [300, 2, 0]);
+  // Where the bus is what fails, its reason is told.
+  const busy = (pass, { method }) => (method === "POST" ? refusal(503, "busy") : pass());
+  const old = await proxied(t, site.bus("waited"), unbatched(busy));
+  const ann = await joined(t, old.url, { interval: 20, deadline: 1_200 });
+  const failing = ["tried", "not tried"].map((data) => ann.send(data));
+  await Promise.all(failing.map((sent) => assert.rejects(sent, said("busy", 503))));
+  assert(posts(old).every(({ body }) => body === '"tried"'));
 });
 
 test("what slept through its deadline is not sent a second time", async (t) => {
@@ -830,8 +855,9 @@ test("a signal ends a send's pause, a join, and what would be tried again", asyn
       method === "POST" ? treat() : treat ? pass() : door().opened,
     );
     const bus = open(t, proxy.url, { interval: 20, signal: abort.signal });
-    const sent = Promise.allSettled(["a", "b"].map((data) => bus.send(data)));
+    const first = bus.send("a");
     await until("its turn", () => isAt(proxy));
+    const sent = Promise.allSettled([first, bus.send("b")]);
     const start = performance.now();
     abort.abort(new Error("enough"));
     hold.open();
@@ -851,6 +877,203 @@ test("without crypto, as in Node 18, a name is random all the same", async (t) =
   for (const data of ["a", "b"]) await bus.send(data);
   const names = posts(proxy).map(once);
   assert(names.every((name) => /^[\w-]{16,64}$/.test(name)) && names[0] !== names[1], `${names}`);
+});
+
+// Several messages at once.
+
+const isBatch = ({ url }) => url.includes("&batch=1");
+const elements = (request) => (isBatch(request) ? JSON.parse(request.body) : [JSON.parse(request.body)]);
+
+/** Sends a message that stays under way until the door is opened: what is given meanwhile waits. */
+async function busy(t, url, treat = (pass) => pass(), options = undefined) {
+  const first = door();
+  const held = (pass, request) => (posts(proxy).length > 1 ? treat(pass, request) : first.opened.then(pass));
+  const [bus, proxy] = await sender(t, url, held, options);
+  const sent = bus.send("first");
+  await until("the first to leave", () => posts(proxy).length);
+  return { bus, proxy, sent, open: first.open, later: () => posts(proxy).slice(1) };
+}
+
+for (const name of ["several", "signed"]) {
+  test(`what is given while a message is under way leaves together, in order, on the bus ${name}`, async (t) => {
+    const url = site.bus(name);
+    const bob = await joined(t, url);
+    const { bus, proxy, sent, open, later } = await busy(t, url);
+    const rest = numbers(0, 600).map((n) => bus.send(n));
+    await sleep(50);
+    assert.equal(posts(proxy).length, 1); // one request at a time
+    open();
+    const ids = await Promise.all([sent, ...rest]);
+    assert(ids.every((id, at) => at === 0 || id > ids[at - 1]));
+    await until("all", () => bob.heard().length > 600);
+    assert.deepEqual(bob.heard(), ["first", ...numbers(0, 600)]);
+    assert.deepEqual(bob.events.message.map(({ lastEventId }) => Number(lastEventId)), ids);
+    assert.deepEqual(later().map((request) => [isBatch(request), elements(request).length]), [
+      [true, 256], [true, 256], [true, 88],
+    ]);
+    assert(!isBatch(posts(proxy)[0]) && new Set(posts(proxy).map(once)).size === 4);
+    assert(await bus.send("alone"));
+    assert.equal(posts(proxy).at(-1).body, '"alone"');
+    assert(!isBatch(posts(proxy).at(-1)));
+  });
+}
+
+test("a request has 30,000 bytes, or one message", async (t) => {
+  const url = site.bus("large");
+  const bob = await joined(t, url);
+  const { bus, sent, open, later } = await busy(t, url);
+  const all = [9_000, 9_000, 9_000, 9_000, 90_000, 10, 29_985, 20].map((length) => "x".repeat(length));
+  const rest = all.map((data) => bus.send(data));
+  open();
+  await Promise.all([sent, ...rest]);
+  await until("all", () => bob.heard().length > all.length);
+  assert.deepEqual(bob.heard(), ["first", ...all]);
+  const lengths = later().map((request) => elements(request).map(({ length }) => length));
+  assert.deepEqual(lengths, [[9_000, 9_000, 9_000], [9_000], [90_000], [10], [29_985], [20]]);
+});
+
+test("a batch whose acknowledgements are lost is repeated as it was, and arrives once", async (t) => {
+  for (const name of ["several", "signed"]) {
+    const url = site.bus(name);
+    const bob = await joined(t, url);
+    const { bus, sent, open, later } = await busy(t, url, async (pass) => {
+      const reply = await pass();
+      return later().length < 4 ? undefined : reply;
+    });
+    const rest = numbers(0, 20).map((n) => bus.send(n));
+    open();
+    await until("a repeat", () => later().length > 1);
+    rest.push(bus.send("behind"));
+    const ids = await Promise.all([sent, ...rest]);
+    await until("all", () => bob.heard().length > 21);
+    assert.deepEqual(bob.heard(), ["first", ...numbers(0, 20), "behind"]);
+    assert.deepEqual(bob.events.message.map(({ lastEventId }) => Number(lastEventId)), ids);
+    const tries = later().map((request) => [once(request), request.body]);
+    assert.deepEqual(tries.slice(0, 4), Array(4).fill([tries[0][0], JSON.stringify(numbers(0, 20))]));
+    assert.deepEqual([tries.length, tries[4][1], bus.events.error], [5, '"behind"', []]);
+  }
+});
+
+test("of a batch the messages that the bus refuses fail alone, each with its reason", async (t) => {
+  const url = site.bus("small");
+  const bob = await joined(t, url);
+  const { bus, sent, open, later } = await busy(t, url);
+  const deep = JSON.parse("[".repeat(200) + "]".repeat(200)); // too deep, and too long
+  const all = ["a", "x".repeat(200), "b", "y".repeat(200), deep, "c"];
+  const rest = Promise.allSettled(all.map((data) => bus.send(data)));
+  open();
+  await sent;
+  const told = (await rest).map(({ value, reason }) => (value ? "sent" : reason.code));
+  assert.deepEqual(told, ["sent", "too_large", "sent", "too_large", "too_large", "sent"]);
+  await until("the rest", () => bob.heard().length > 3);
+  assert.deepEqual(bob.heard(), ["first", "a", "b", "c"]);
+  assert.deepEqual(later().map((request) => elements(request).length), [6, 5, 4, 3]);
+  assert.equal(new Set(later().map(once)).size, 4);
+  for (const { error } of bus.events.error) said("too_large", 413)(error);
+  assert.deepEqual([bus.events.error.length, bus.bufferedAmount], [3, 0]);
+});
+
+test("of a batch that is tried for long each message is given up at its own deadline", async (t) => {
+  let down = true;
+  const treat = (pass) => (down ? refusal(503, "busy") : pass());
+  const { bus, sent, open, later } = await busy(t, site.bus("own"), treat, { interval: 20, deadline: 1_500 });
+  const start = performance.now();
+  const early = assert.rejects(bus.send("early"), said("busy", 503));
+  await sleep(800);
+  const late = bus.send("late");
+  open();
+  await Promise.all([sent, early]);
+  const took = performance.now() - start;
+  assert(took > 1_400 && took < 2_200, `${took} ms`);
+  down = false;
+  assert(await late);
+  // It stayed as it was: an earlier try may have been the one that arrived.
+  assert.deepEqual(new Set(later().map(({ body }) => body)), new Set(['["early","late"]']));
+  assert.deepEqual([new Set(later().map(once)).size, bus.events.error.length], [1, 1]);
+});
+
+test("while the bus fails, one message goes ahead of the others", async (t) => {
+  let down = true;
+  const treat = (pass) => (down ? refusal(503, "busy") : pass());
+  const { bus, sent, open, later } = await busy(t, site.bus("ahead"), treat, { interval: 20, deadline: 1_000 });
+  const given = ["a", "b"].map((data) => assert.rejects(bus.send(data), said("busy", 503)));
+  await sleep(400);
+  open();
+  const rest = numbers(0, 5).map((n) => sleep(n * 50 + 200).then(() => bus.send(n)));
+  await Promise.all([sent, ...given]);
+  down = false;
+  await Promise.all(rest);
+  const bodies = later().map(({ body }) => body).filter((body, at, all) => body !== all[at - 1]);
+  assert.deepEqual(bodies, ['["a","b"]', "0", "[1,2,3,4]"]);
+});
+
+test("an old bus gets one message at a time, in order", async (t) => {
+  for (const name of ["several", "signed"]) {
+    const url = site.bus(name);
+    const bob = await joined(t, url);
+    const proxy = await proxied(t, url, unbatched());
+    const ann = open(t, proxy.url);
+    const ids = await Promise.all(numbers(0, 20).map((n) => ann.send(n)));
+    await until("all", () => bob.heard().length >= 20);
+    assert.deepEqual(bob.heard(), numbers(0, 20));
+    assert.deepEqual(bob.events.message.map(({ lastEventId }) => Number(lastEventId)), ids);
+    assert.deepEqual(posts(proxy).map(({ body }) => Number(body)), numbers(0, 20));
+    assert(!posts(proxy).some(isBatch));
+  }
+});
+
+test("what waits is told in bytes, and when it has become little", async (t) => {
+  const { bus, sent, open } = await busy(t, site.bus("small"));
+  const handled = [];
+  bus.onbufferedamountlow = () => handled.push(bus.bufferedAmount);
+  assert.deepEqual([bus.bufferedAmount, bus.bufferedAmountLowThreshold], [7, 0]);
+  for (const bytes of [-1, NaN, "many"]) {
+    assert.throws(() => (bus.bufferedAmountLowThreshold = bytes), RangeError);
+  }
+  bus.bufferedAmountLowThreshold = 20;
+  const rest = ["grüß 👋", { n: [1] }].map((data) => bus.send(data)); // 13 and 9 bytes
+  const refused = assert.rejects(bus.send("x".repeat(198)), said("too_large", 413));
+  assert.deepEqual([bus.bufferedAmount, handled], [7 + 13 + 9 + 200, []]);
+  open();
+  await sent;
+  assert.equal(bus.bufferedAmount, 222);
+  await refused;
+  assert.deepEqual([bus.bufferedAmount, handled], [22, []]);
+  await Promise.all(rest);
+  // Once: from above the threshold to below it.
+  assert.deepEqual([bus.bufferedAmount, handled, bus.events.bufferedamountlow.length], [0, [0], 1]);
+  await bus.send("short");
+  assert.equal(handled.length, 1);
+  bus.bufferedAmountLowThreshold = 0;
+  await bus.send("short");
+  assert.deepEqual(handled, [0, 0]);
+});
+
+test("10,000 messages in a loop arrive in order, and a sender that heeds what waits never has much", async (t) => {
+  const url = live.bus("loop");
+  const bob = await hearing(t, "stream", url, NEVER);
+  const treat = (pass, request) => (isStream(request) ? pass.on() : pass());
+  const proxy = await proxied(t, url, treat);
+  const ann = await joined(t, proxy.url);
+  for (const n of numbers(0, 10_000)) ann.postMessage({ n, text: "x".repeat(80) });
+  assert(ann.bufferedAmount > 900_000);
+  await until("nothing to wait", () => !ann.bufferedAmount);
+  await until("all", () => bob.heard().length >= 10_000);
+  assert.deepEqual(bob.heard().map(({ n }) => n), numbers(0, 10_000));
+  for (const { body } of posts(proxy)) assert(body.length <= 30_000);
+  assert(posts(proxy).length <= 45, `${posts(proxy).length} requests`);
+  assert.equal(ann.events.bufferedamountlow.length, 1);
+  ann.bufferedAmountLowThreshold = 1_000;
+  let most = 0;
+  for (const n of numbers(10_000, 12_000)) {
+    ann.postMessage({ n });
+    most = Math.max(most, ann.bufferedAmount);
+    if (ann.bufferedAmount > 5_000) await new Promise((resolve) => (ann.onbufferedamountlow = resolve));
+  }
+  await until("the rest", () => bob.heard().length >= 12_000);
+  assert.deepEqual(bob.heard().map(({ n }) => n), numbers(0, 12_000));
+  assert(most < 5_100, `${most} bytes`);
+  assert.deepEqual([ann.events.error, bob.events.missed], [[], []]);
 });
 
 // Signed buses.

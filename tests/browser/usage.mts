@@ -56,6 +56,9 @@ same<typeof bus.user, number | undefined>(true);
 same<typeof bus.lastId, number | undefined>(true);
 same<typeof bus.connected, boolean>(true);
 same<typeof bus.transport, "stream" | "long-poll" | "poll" | "tab" | undefined>(true);
+same<typeof bus.bufferedAmount, number>(true);
+same<typeof bus.bufferedAmountLowThreshold, number>(true);
+bus.bufferedAmountLowThreshold = 10_000;
 // @ts-expect-error: undefined until the bus is joined
 bus.user.toFixed();
 // @ts-expect-error: no such transport
@@ -72,6 +75,10 @@ bus.lastId = 1;
 bus.connected = true;
 // @ts-expect-error: read-only
 bus.transport = "poll";
+// @ts-expect-error: read-only
+bus.bufferedAmount = 0;
+// @ts-expect-error: bytes are a number
+bus.bufferedAmountLowThreshold = "10 KB";
 
 // What it does.
 
@@ -102,8 +109,10 @@ bus.onmessageerror = (event) => same<typeof event, MessageEvent<string>>(true);
 bus.onmissed = (event) => same<typeof event, Event>(true);
 bus.onrejoin = (event) => same<typeof event, BusRejoinEvent>(true);
 bus.onerror = (event) => same<typeof event, BusErrorEvent>(true);
+bus.onbufferedamountlow = (event) => same<typeof event, Event>(true);
 bus.onclose = (event) => same<typeof event, Event>(true);
 bus.onopen = bus.onmessage = bus.onmessageerror = bus.onmissed = bus.onrejoin = bus.onerror = bus.onclose = null;
+bus.onbufferedamountlow = null;
 // @ts-expect-error: a listener is a function
 bus.onmessage = "no function";
 // @ts-expect-error: the event is no move
@@ -128,6 +137,7 @@ bus.addEventListener("error", ({ error }) => {
   // @ts-expect-error: read-only
   error.code = "busy";
 });
+bus.addEventListener("bufferedamountlow", (event) => same<typeof event, Event>(true));
 bus.addEventListener("messageerror", ({ data }) => same<typeof data, string>(true), true);
 bus.addEventListener("custom", { handleEvent: (event) => same<typeof event, Event>(true) });
 bus.addEventListener("open", null);
@@ -157,7 +167,7 @@ for await (const event of bus) same<typeof event, BusMessageEvent<Move>>(true);
 const target: EventTarget = bus;
 target.dispatchEvent(new Event("custom"));
 
-type EventName = "open" | "message" | "messageerror" | "missed" | "rejoin" | "error" | "close";
+type EventName = "open" | "message" | "messageerror" | "missed" | "rejoin" | "error" | "bufferedamountlow" | "close";
 same<keyof MessageBusEventMap, EventName>(true);
 same<MessageBusEventMap<Move>["message"], BusMessageEvent<Move>>(true);
 same<keyof MessageBusOptions, "interval" | "deadline" | "signal">(true);

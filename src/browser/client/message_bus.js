@@ -1,4 +1,4 @@
-const EVENTS = ["open", "message", "messageerror", "missed", "rejoin", "error", "close"];
+const EVENTS = ["open", "message", "messageerror", "missed", "rejoin", "error", "bufferedamountlow", "close"];
 
 /** The URL of a bus, as far as its name. Without one it is the bus that this script was loaded from. */
 function busUrl(given) {
@@ -73,6 +73,19 @@ class MessageBus extends EventTarget {
 
   get transport() {
     return this.#receiver.transport;
+  }
+
+  get bufferedAmount() {
+    return this.#outbox.bufferedAmount;
+  }
+
+  get bufferedAmountLowThreshold() {
+    return this.#outbox.lowThreshold;
+  }
+
+  set bufferedAmountLowThreshold(bytes) {
+    if (!(bytes >= 0)) throw new RangeError("bufferedAmountLowThreshold has to be a number of bytes");
+    this.#outbox.lowThreshold = bytes;
   }
 
   postMessage(data) {

@@ -1,22 +1,24 @@
-const MIN_TIMEOUT = 1_000; // milliseconds that a try gets, however late the message is
-const KEEPALIVE_BYTES = 60_000; // browsers keep 64 KiB of a page's requests alive when it is left
-let keptAlive = 0; // bytes under way now, of all buses
+const MIN_TIMEOUT = 1_000; // milliseconds that a message and a try get, however short or late the deadline is
+const BATCH_BYTES = KEEPALIVE_BYTES / 2; // of a batch: as much can wait behind it, and outlive the page too
 
-/** An idempotency key of 128 random bits: the bus knows by it all tries of a message. */
-function newOnce() {
-  const parts = new Uint32Array(4).map(() => Math.random() * 2 ** 32);
-  globalThis.crypto?.getRandomValues(parts); // Node 18 has no global crypto
-  return Array.from(parts, (part) => part.toString(36)).join("-");
-}
-
-/** Sends messages one at a time, in order. Each is tried until it is delivered, refused or late. */
+/**
+ * Sends messages in order, by one request at a time: what is given meanwhile leaves together in the next one. Each
+ * message is tried until it is delivered, refused or late.
+ */
 class Outbox {
+  bufferedAmount = 0; // bytes of the messages that are neither delivered nor failed
+  lowThreshold = 0;
   #session;
   #deadline;
   #fire;
-  #queue = []; // the first is being sent
-  #draining; // a promise of the queue's end
+  #queue = []; // messages that have not been tried
+  #batches = []; // that have been; the first is being sent, and others where the page was left
+  #isSigning = false;
+  #draining; // a promise of the end of all
   #pause = new Pause();
+  #failures = 0;
+  #error; // of the latest try or join
+  #hasRejoined = false; // right before this try
   #leaving = false; // the page is being left: there may be no later
 
   constructor(session, deadline, fire) {
@@ -26,7 +28,7 @@ class Outbox {
   }
 
   get isEmpty() {
-    return !this.#queue.length;
+    return !this.#queue.length && !this.#batches.length;
   }
 
   /** Takes a message: a promise of its id. */
@@ -34,13 +36,14 @@ class Outbox {
     // We serialize at once: the caller may change the object later.
     const body = JSON.stringify(data);
     if (body === undefined) throw new DOMException("only what JSON can express can be sent", "DataCloneError");
+    const bytes = utf8(body).length;
     return new Promise((resolve, reject) => {
       const addedAt = [Date.now(), performance.now()];
-      const message = { body, once: newOnce(), addedAt, deadline: this.#deadline, resolve, reject };
-      this.#queue.push(message);
-      if (this.#session.credentials) this.#signAhead(message);
-      if (this.#leaving) this.#sendNow(message);
-      this.#drain();
+      this.#queue.push({ body, bytes, addedAt, deadline: this.#deadline, resolve, reject });
+      this.bufferedAmount += bytes;
+      if (this.#batches.length) this.#signAhead();
+      if (!this.#leaving) this.#drain();
+      else queueMicrotask(() => this.#leave());
     });
   }
 
@@ -52,29 +55,47 @@ class Outbox {
 
   /** Drops what has not left. */
   abort(reason) {
-    for (const message of [...this.#queue]) {
+    const dropped = [...this.#queue];
+    for (const batch of this.#batches) {
+      batch.error = reason;
       // A try under way may arrive. Its reply decides, and no other try follows.
-      if (message.flight) Object.assign(message, { error: reason, deadline: -Infinity });
-      else this.#settle(message, message.reject, reason);
+      if (batch.isUnderWay) for (const message of batch.messages) message.deadline = -Infinity;
+      else dropped.push(...batch.messages);
     }
+    this.#end(dropped, ({ reject }) => reject(reason));
   }
 
   wake() {
     this.#pause.end();
   }
 
-  /** A signature takes a moment, which a page that is left does not have: each is made ahead. */
   onJoin() {
-    for (const message of this.#queue) this.#signAhead(message);
+    for (const message of this.#queue) message.ahead = undefined;
+    this.#signAhead();
   }
 
   onPageHide() {
     this.#leaving = true;
-    for (const message of this.#queue) this.#sendNow(message);
+    this.#leave();
   }
 
   onPageShow() {
     this.#leaving = false;
+    this.#drain();
+  }
+
+  /** Sends all that can outlive the page, without waiting for replies. If it comes back, what failed is tried again. */
+  #leave() {
+    for (const batch of this.#batches) this.#sendNow(batch);
+    let room = keepaliveRoom();
+    while (this.#queue.length) {
+      const batch = this.#queue[0].ahead ?? this.#pack(room);
+      room -= batch.bytes;
+      if (room < 0) break;
+      this.#launch(batch);
+      this.#sendNow(batch);
+    }
+    this.#drain();
   }
 
   #drain() {
@@ -83,47 +104,167 @@ class Outbox {
 
   async #sendAll() {
     await undefined; // the receiver's join goes first
-    while (this.#queue.length) await this.#send(this.#queue[0]);
+    while (!this.isEmpty) {
+      try {
+        await this.#sendNext();
+        this.#failures = 0;
+        this.#error = undefined;
+        this.#hasRejoined = false;
+      } catch (error) {
+        await this.#onFailure(error);
+      }
+      this.#dropLate();
+    }
     this.#draining = undefined;
   }
 
-  async #send(message) {
-    let failures = 0;
-    let rejoined = false; // right before this try
-    while (!message.done) {
-      // After a sleep the bus may have forgotten the earlier tries, and would publish the message twice.
-      if (message.error && this.#remaining(message) <= -MIN_TIMEOUT) return this.#fail(message);
-      try {
-        if (!this.#session.credentials) await withTimeout(this.#timeout(message), this.#session.join());
-        await this.#sign(message);
-        if (!message.done) this.#settle(message, message.resolve, await this.#try(message));
-      } catch (error) {
-        const isStranger = ["signature_wrong", "signature_missing"].includes(error.code);
-        rejoined = isStranger && !rejoined;
-        if (rejoined) {
-          this.#session.dropCredentials();
-          continue;
-        }
-        message.error = error;
-        const remaining = this.#remaining(message);
-        const retryAfter = (error.retryAfter ?? 0) * 1_000;
-        if (!isTransient(error) || remaining <= 0 || retryAfter > remaining) return this.#fail(message);
-        await this.#pause.wait(Math.max(retryAfter, Math.min(remaining, backOff(failures++, 500))));
-      }
+  /** Joins where that is needed, and tries the first batch once. */
+  async #sendNext() {
+    this.#dropForgotten();
+    if (this.isEmpty) return;
+    const { messages = this.#queue } = this.#batches[0] ?? {};
+    if (!this.#session.credentials) await withTimeout(this.#timeout(messages), this.#session.join());
+    if (this.isEmpty) return;
+    // Behind a failure one message goes ahead: a batch that is tried for long holds some that are given up meanwhile.
+    const batch = this.#batches[0] ?? this.#pack(BATCH_BYTES, this.#error ? 1 : undefined);
+    await batch.sign();
+    if (this.#batches.includes(batch) || this.#launch(batch)) await this.#try(batch);
+  }
+
+  /** Makes a batch of the queue's first messages. */
+  #pack(bytes, number) {
+    return new Batch(this.#session, this.#group(0, bytes, number));
+  }
+
+  /** Messages of the queue from this one on: as many as a batch of so many bytes holds, and at least one. */
+  #group(start, bytes, number = this.#session.offer?.batch ?? 1) {
+    let room = bytes - 1;
+    let end = start;
+    while (end < this.#queue.length && end - start < number) {
+      room -= this.#queue[end].bytes + 1;
+      if (end > start && room < 0) break;
+      end++;
+    }
+    return this.#queue.slice(start, end);
+  }
+
+  /** Takes a batch's messages from the queue. Returns whether they were still its first. */
+  #launch(batch) {
+    if (this.#queue[0] !== batch.messages[0]) return false;
+    this.#queue.splice(0, batch.messages.length);
+    this.#batches.push(batch);
+    this.#signAhead();
+    return true;
+  }
+
+  async #try(batch) {
+    const ids = await batch.try(this.#timeout(batch.messages));
+    this.#end(batch.messages, ({ resolve }, at) => resolve(ids[at]));
+  }
+
+  /** Tries without waiting for the turn, as the page is left. */
+  async #sendNow(batch) {
+    this.#session.ensureUser();
+    try {
+      if (!batch.isSigned) await batch.sign();
+      await this.#try(batch);
+    } catch (error) {
+      batch.error = error;
     }
   }
 
-  #fail(message) {
-    const { done, reject, error } = message;
-    this.#settle(message, reject, error);
-    if (!done) this.#fire(new Event("error"), { error });
+  /** A signature takes a moment, which a page that is left does not have: what waits is signed ahead. */
+  async #signAhead() {
+    if (this.#isSigning || !this.#session.credentials?.secret) return;
+    this.#isSigning = true;
+    for (let group; (group = this.#unsignedGroup()); ) {
+      const batch = new Batch(this.#session, group);
+      await batch.sign().catch(() => {}); // it fails again when it is sent
+      group[0].ahead = batch;
+    }
+    this.#isSigning = false;
   }
 
-  #settle(message, settle, value) {
-    if (message.done) return;
-    message.done = true;
-    this.#queue.splice(this.#queue.indexOf(message), 1);
-    settle(value);
+  /** The first messages that would leave together with the page and are not signed so. */
+  #unsignedGroup() {
+    let room = KEEPALIVE_BYTES;
+    for (let start = 0; start < this.#queue.length && room > 0; ) {
+      const group = this.#group(start, BATCH_BYTES);
+      const { ahead } = group[0];
+      if (ahead?.messages.length !== group.length) return group;
+      room -= ahead.bytes;
+      start += group.length;
+    }
+  }
+
+  /** Decides what a failure ends, and waits until the rest may be tried again. */
+  async #onFailure(error) {
+    const isStranger = ["signature_wrong", "signature_missing"].includes(error.code);
+    this.#hasRejoined = isStranger && !this.#hasRejoined;
+    if (this.#hasRejoined) return this.#session.dropCredentials();
+    const [batch] = this.#batches;
+    if (batch?.messages.length > 1 && batch.messages[error.element]) return this.#refuse(batch, error);
+    const messages = batch?.messages ?? this.#queue; // none was tried: they wait for the join
+    if (batch) batch.error = error;
+    this.#error = isTransient(error) ? error : undefined;
+    const retryAfter = (error.retryAfter ?? 0) * 1_000;
+    const isOver = (remaining) => !isTransient(error) || remaining <= 0 || retryAfter > remaining;
+    const over = messages.filter((message) => isOver(this.#remaining(message)));
+    this.#fail(over, error);
+    const next = messages.find(({ done }) => !done);
+    if (!next) {
+      this.#failures = 0;
+      return;
+    }
+    const pause = Math.min(this.#remaining(next), backOff(this.#failures++, 500));
+    await this.#pause.wait(Math.max(retryAfter, pause));
+  }
+
+  /** Fails the message that the bus refuses. Nothing of its batch was published: the others go on in another one. */
+  #refuse(batch, error) {
+    this.#batches.shift();
+    const refused = batch.messages[error.element];
+    const others = batch.messages.filter((message) => message !== refused && !message.done);
+    for (const message of others) message.ahead = undefined;
+    this.#queue.unshift(...others);
+    this.#fail([refused], error);
+  }
+
+  /** After a sleep the bus may have forgotten the earlier tries, and would publish the messages twice. */
+  #dropForgotten() {
+    const { messages, error } = this.#batches[0] ?? {};
+    if (error) this.#fail(messages.filter((message) => this.#remaining(message) <= -MIN_TIMEOUT), error);
+  }
+
+  /** Fails what has waited in the queue until its time was over. */
+  #dropLate() {
+    const isLate = (message) => this.#remaining(message) <= Math.min(0, message.deadline - MIN_TIMEOUT);
+    let number = 0; // in the order of their deadlines
+    while (number < this.#queue.length && isLate(this.#queue[number])) number++;
+    if (!number) return;
+    const error = this.#error ?? new BusError("late", "The message waited behind others until its deadline was over.");
+    this.#fail(this.#queue.slice(0, number), error);
+  }
+
+  #fail(messages, error) {
+    const failed = messages.filter(({ done }) => !done);
+    this.#end(failed, ({ reject }) => reject(error));
+    for (const _ of failed) this.#fire(new Event("error"), { error });
+  }
+
+  /** Settles messages, and forgets them. */
+  #end(messages, settle) {
+    const before = this.bufferedAmount;
+    messages.forEach((message, at) => {
+      if (message.done) return;
+      message.done = true;
+      this.bufferedAmount -= message.bytes;
+      settle(message, at);
+    });
+    this.#queue = this.#queue.filter(({ done }) => !done);
+    this.#batches = this.#batches.filter((batch) => !batch.isDone);
+    const isLow = this.bufferedAmount <= this.lowThreshold;
+    if (isLow && before > this.lowThreshold) this.#fire(new Event("bufferedamountlow"));
   }
 
   /** Milliseconds to the deadline, by the clock that went further: one may be set, the other may stop in sleep. */
@@ -131,63 +272,9 @@ class Outbox {
     return deadline - Math.max(Date.now() - date, performance.now() - time);
   }
 
-  /** Milliseconds for the next try. */
-  #timeout(message) {
-    return Math.max(MIN_TIMEOUT, Math.min(REQUEST_TIMEOUT, this.#remaining(message)));
-  }
-
-  /** Sends without waiting for its turn, as the page is left. If the page comes back, what failed is tried again. */
-  async #sendNow(message) {
-    this.#session.ensureUser();
-    try {
-      if (!message.query) await this.#sign(message);
-      this.#settle(message, message.resolve, await this.#try(message));
-    } catch (error) {
-      message.error = error;
-    }
-  }
-
-  #signAhead(message) {
-    this.#sign(message).catch(() => {}); // it fails again when the message is sent
-  }
-
-  /** Makes the query: the sender, the idempotency key and, on a signed bus, the signature. */
-  async #sign(message) {
-    const { body, once } = message;
-    const { user, credentials } = this.#session;
-    let query = `?user=${user}&once=${once}`;
-    if (credentials?.secret) {
-      const { bus, key } = credentials;
-      if (!key) {
-        const why = "This bus takes only signed messages, and browsers sign only on pages from https or localhost.";
-        throw new BusError("insecure_context", why);
-      }
-      const time = this.#session.now();
-      const text = `${bus}\n${user}\n${time}\n${once}\n${body}`;
-      const bytes = new Uint8Array(await crypto.subtle.sign("HMAC", key, utf8(text)));
-      const base64 = btoa(String.fromCharCode(...bytes)).replace("=", "");
-      query += `&time=${time}&sig=${base64.replaceAll("+", "-").replaceAll("/", "_")}`;
-    }
-    message.query = query;
-  }
-
-  /** Tries once. If a try is under way, this is the same one. */
-  #try(message) {
-    return (message.flight ??= this.#post(message).finally(() => (message.flight = undefined)));
-  }
-
-  async #post(message) {
-    const { body, query } = message;
-    const bytes = utf8(body).length;
-    const keepalive = keptAlive + bytes <= KEEPALIVE_BYTES;
-    if (keepalive) keptAlive += bytes;
-    try {
-      const isValid = (published) => isId(published?.id);
-      const request = { method: "POST", body, keepalive, isValid, timeout: this.#timeout(message) };
-      const { json } = await this.#session.request(query, request);
-      return json.id;
-    } finally {
-      if (keepalive) keptAlive -= bytes;
-    }
+  /** Milliseconds for the next try: to the first deadline. */
+  #timeout(messages) {
+    const remaining = this.#remaining(messages.find(({ done }) => !done) ?? messages[0]);
+    return Math.max(MIN_TIMEOUT, Math.min(REQUEST_TIMEOUT, remaining));
   }
 }

@@ -6,7 +6,7 @@ const utf8 = (text) => new TextEncoder().encode(text);
 class Session {
   url;
   user; // undefined until the bus is joined
-  offer; // by the latest join: whether there are streams, and for how many seconds a poll may wait
+  offer; // by the latest join: whether there are streams, for how many seconds a poll may wait, messages of a batch
   credentials; // by the latest join: on a signed bus its name and the secret
   connected = false; // the latest poll was answered
   closed = false;
@@ -49,11 +49,11 @@ class Session {
   async #requestJoin(abort) {
     const isValid = (join) => isId(join?.user) && isId(join?.id);
     const { json } = await this.request("", { isValid, timeout: REQUEST_TIMEOUT, abort });
-    const { user, id, bus, secret, wait, stream } = json;
+    const { user, id, bus, secret, wait, stream, batch } = json;
     const hmac = { name: "HMAC", hash: "SHA-256" };
     const key = secret && (await globalThis.crypto?.subtle?.importKey("raw", utf8(secret), hmac, false, ["sign"]));
     const again = this.offer;
-    this.offer = { wait: Math.min(wait, LONG_POLL_SECONDS) || 0, stream };
+    this.offer = { wait: Math.min(wait, LONG_POLL_SECONDS) || 0, stream, batch: isId(batch) ? batch : 1 };
     this.credentials = { bus, secret, key };
     // An open bus lets us stay who we are.
     if (secret || this.user === undefined) this.#setUser(user);
@@ -121,7 +121,8 @@ class Session {
     const { status, headers } = reply;
     if (!reply.ok) {
       const error = new BusError(json?.error ?? "http", json?.message ?? `The web server answered ${status}.`);
-      throw Object.assign(error, { status, retryAfter: Number(headers.get("Retry-After")) || 0 });
+      const retryAfter = Number(headers.get("Retry-After")) || 0;
+      throw Object.assign(error, { status, retryAfter, element: json?.element });
     }
     if (!isValid(json)) throw new BusError("not_a_bus", "What answered is no bus: its reply is not what a bus says.");
     return json;
