@@ -281,7 +281,7 @@ test("online again, it polls at once", async (t) => {
 });
 
 /** Visits a page of a proxy's, which starts the client at once. */
-async function through(t, bus, treat, at = site, number = 1) {
+async function through(t, bus, treat, at = site, number = 1, browser = chromium) {
   const proxy = await startProxy(at.bus(bus), (pass, request) => {
     const scripts = ["/bus/shortbus.js", "/start.js"].map((url) => `<script src="${url}"></script>`);
     if (request.url === "/") return { headers: { "Content-Type": "text/html" }, body: scripts.join("") };
@@ -289,7 +289,7 @@ async function through(t, bus, treat, at = site, number = 1) {
     return request.url === "/start.js" ? script : treat(pass, request);
   });
   t.after(proxy.close);
-  const pages = await visits(t, chromium, new URL("/", proxy.url).href, number);
+  const pages = await visits(t, browser, new URL("/", proxy.url).href, number);
   return [pages[0], proxy, pages];
 }
 
@@ -413,6 +413,36 @@ test("for what a page leaves behind the signatures are at hand", async (t) => {
     assert(at[1].slice(1).every((url) => url.includes(`${batch}&time=`)), `${at[1]}`);
   }
 });
+
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: what a page gives while it is left goes in one request, behind what waits`, async (t) => {
+    let open;
+    const gone = new Promise((resolve) => (open = resolve));
+    const treat = async (pass, request) => {
+      if (isPost(request)) await gone;
+      return pass();
+    };
+    const bus = `last-${name}`;
+    const { id } = (await site.ask(site.bus(bus))).json;
+    const [page, proxy] = await through(t, bus, treat, site, 1, browser);
+    await until("the join", () => page.evaluate(() => bus.connected));
+    await page.evaluate(() => {
+      for (const n of [1, 2]) addEventListener("pagehide", () => bus.postMessage(`bye ${n}`));
+      bus.postMessage("under way");
+    });
+    const bodies = () => proxy.requests.filter(isPost).map(({ body }) => body);
+    await until("the first", () => bodies()[0]);
+    await page.evaluate(() => bus.postMessage("here"));
+    await page.goto(new URL("/gone", proxy.url).href);
+    await until("both requests", () => bodies()[1]);
+    open();
+    assert.deepEqual(bodies().map(JSON.parse), ["under way", ["here", "bye 1", "bye 2"]]);
+    const messages = async () => (await site.ask(`${site.bus(bus)}?id=${id}`)).json.map(({ data }) => data);
+    await until("all", async () => (await messages()).length === 4);
+    const last = (await messages()).filter((data) => data !== "under way"); // it may be overtaken
+    assert.deepEqual(last, ["here", "bye 1", "bye 2"]);
+  });
+}
 
 test("what is too much to outlive a page waits, in order, and leaves if the page comes back", async (t) => {
   let open;
@@ -577,6 +607,30 @@ for (const name of ["left", "signed-left"]) {
     await until("all of it", async () => (await count(bob)) >= all.length);
     assert.deepEqual((await log(bob)).sort(), all.sort());
   });
+}
+
+for (const [name, browser] of Object.entries(browsers)) {
+  for (const [way, at] of [["cgi", site], ["fastcgi", live]]) {
+    const bus = `departures-${way}-${name}`;
+    test(`${name}: what a page says last arrives last, on the bus ${bus}`, async (t) => {
+      const bob = await joined(await visit(t, browser, html(bus, "", "strict", at)));
+      at.serve("gone.html", "<!doctype html>");
+      const all = [];
+      for (const round of numbers(0, 8)) {
+        const ann = await joined(await visit(t, browser, html(bus, "", "strict", at)));
+        const words = ["here", "still here", "bye"].map((word) => `${word} ${round}`);
+        const left = ann.waitForNavigation();
+        await ann.evaluate((words) => {
+          for (const word of words) addEventListener("pagehide", () => bus.postMessage(word));
+          location = "/gone.html";
+        }, words);
+        await left;
+        all.push(...words);
+        await until("all of it", async () => (await count(bob)) >= all.length);
+      }
+      assert.deepEqual(await log(bob), all);
+    });
+  }
 }
 
 test("a page that comes back out of the browser's cache polls at once", async (t) => {

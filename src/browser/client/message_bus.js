@@ -172,17 +172,23 @@ class MessageBus extends EventTarget {
     const listen = (target, type, act) => target?.addEventListener?.(type, act, { signal: this.#end.signal });
     const { document } = globalThis;
     listen(globalThis, "online", () => this.#receiver.onOnline());
-    listen(document, "visibilitychange", () => this.#receiver.onVisibilityChange(!document.hidden));
+    listen(document, "visibilitychange", () => this.#onVisibilityChange(!document.hidden));
     // A page stands still in the browser's cache as a frozen one does.
-    listen(globalThis, "pagehide", () => this.#onPageHide());
-    listen(document, "freeze", () => this.#onPageHide());
+    listen(globalThis, "pagehide", (event) => this.#onPageHide(event.isTrusted && !document.hidden));
+    listen(document, "freeze", () => this.#onPageHide(false));
     listen(globalThis, "pageshow", () => this.#onPageShow());
     listen(document, "resume", () => this.#onPageShow());
     listen(signal, "abort", () => this.#abort(signal.reason));
   }
 
-  #onPageHide() {
-    this.#outbox.onPageHide();
+  #onVisibilityChange(isVisible) {
+    if (!isVisible) this.#outbox.onHidden();
+    this.#receiver.onVisibilityChange(isVisible);
+  }
+
+  /** Browsers tell a visible page that it is left first, and then that it is hidden. */
+  #onPageHide(isHiddenNext) {
+    this.#outbox.onPageHide(isHiddenNext);
     this.#receiver.onPageHide();
   }
 

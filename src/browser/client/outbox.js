@@ -20,6 +20,7 @@ class Outbox {
   #error; // of the latest try or join
   #hasRejoined = false; // right before this try
   #leaving = false; // the page is being left: there may be no later
+  #holding = false; // it may give more to be sent at this moment
 
   constructor(session, deadline, fire) {
     this.#session = session;
@@ -43,7 +44,7 @@ class Outbox {
       this.bufferedAmount += bytes;
       if (this.#batches.length) this.#signAhead();
       if (!this.#leaving) this.#drain();
-      else queueMicrotask(() => this.#leave());
+      else if (!this.#holding) queueMicrotask(() => this.#leave());
     });
   }
 
@@ -74,18 +75,26 @@ class Outbox {
     this.#signAhead();
   }
 
-  onPageHide() {
+  /** The page may still send something in its own listeners: until it is hidden we hold that back, to leave together. */
+  onPageHide(isHiddenNext) {
     this.#leaving = true;
-    this.#leave();
+    this.#holding = isHiddenNext;
+    if (!this.#holding) this.#leave();
+  }
+
+  onHidden() {
+    if (this.#holding) this.#leave();
   }
 
   onPageShow() {
     this.#leaving = false;
+    this.#holding = false;
     this.#drain();
   }
 
   /** Sends all that can outlive the page, without waiting for replies. If it comes back, what failed is tried again. */
   #leave() {
+    this.#holding = false;
     for (const batch of this.#batches) this.#sendNow(batch);
     let room = keepaliveRoom();
     while (this.#queue.length) {
