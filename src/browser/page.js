@@ -54,6 +54,7 @@ function showState() {
   if (bus.user !== undefined) $("user").style.setProperty("--hue", hue(bus.user));
   $("last").textContent = bus.lastId ?? "–";
   $("way").textContent = WAYS[bus.transport] ?? "–";
+  showBuffered();
   if (connected === undefined) return;
   const text = make("p", {}, connected ? "connected since " : "not connected since ", time(since));
   if (reason) text.append(`: ${reason}`);
@@ -63,6 +64,12 @@ function showState() {
   $("state").replaceChildren(...text.childNodes);
 }
 
+function showBuffered() {
+  $("waiting").hidden = !bus.bufferedAmount;
+  $("buffered").textContent = count(bus.bufferedAmount, "byte");
+}
+
+bus.addEventListener("bufferedamountlow", showBuffered);
 bus.addEventListener("open", () => setState(true));
 bus.addEventListener("error", ({ error }) => bus.connected || setState(false, error.message));
 

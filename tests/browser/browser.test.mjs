@@ -935,6 +935,20 @@ test("the page of a bus says how it hears", async (t) => {
   await says(await visit(t, chromium, `${site.bus("shown")}/`), "polls");
 });
 
+test("the page of a bus says how much waits to be sent, while something does", async (t) => {
+  const page = await visit(t, chromium, `${site.bus("buffered")}/`);
+  const shown = () => page.$eval("#waiting", (element) => (element.hidden ? "" : element.textContent.replace(/\s+/g, " ")));
+  await until("the join", () => page.$eval("#state", (element) => element.textContent.includes("connected since")));
+  assert.equal(await shown(), "");
+  await page.setOfflineMode(true);
+  await page.type("#draft", "grüß dich");
+  await page.keyboard.press("Enter");
+  await until("what waits", async () => (await shown()) === "waits to be sent 13 bytes");
+  await page.setOfflineMode(false);
+  await until("nothing to wait", async () => (await shown()) === "");
+  assert.equal(await page.$eval("#entries", (element) => element.childElementCount), 1);
+});
+
 test("a policy that is violated would be noticed", async (t) => {
   const url = site.serve("strict/violation.html", "<!doctype html><script>alert(1)</script>");
   const check = (problems) => assert.equal(problems[0], "violation of script-src-elem: inline");
