@@ -23,7 +23,7 @@ test: NEEDS = memcached apache2 mod_fcgid mod_evasive nginx fcgiwrap lighttpd sp
 test: build
 	cargo test --locked
 
-bench: NEEDS = memcached apache2 nginx fcgiwrap valgrind strace
+bench: NEEDS = memcached apache2 nginx fcgiwrap valgrind strace node
 bench: build
 	@# What it compares with.
 	$(CARGO) build --release --locked --target $(HOST) --package baseline

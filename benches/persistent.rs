@@ -76,8 +76,10 @@ TCP. *Nothing* is a FastCGI responder that reads each request and answers at onc
 clients are one thread with epoll that reads and checks every reply, on the same machine; *CPU* says what each part
 of it takes. Delivery: from just before the publisher sends its request, or starts the CGI process, until a subscriber
 has the message, 20 messages a second in irregular intervals, each published by another way than the one before it;
-pages that poll plainly do so every 500 ms. *Idle*: with each stream's heartbeat. A page's time is from when its poll
-is due.";
+pages that poll plainly do so every 500 ms. The browser client: in Node, messages of 100 bytes to another client in the
+same process, which hears by a stream; in a loop, from its start until all are acknowledged. A longer round trip is made
+by a proxy in front of the sender alone. *Idle*: with each stream's heartbeat. A page's time is from when its poll is
+due.";
 
 fn main() {
     let load = load_average();
@@ -87,6 +89,7 @@ fn main() {
     requests(&mut table, &site);
     delivery(&mut table, &site);
     behind(&mut table, &site);
+    sender(&mut table, &site);
     streams(&mut table, files);
     pages(&mut table, &site);
     buses(&mut table, &site);
@@ -145,7 +148,11 @@ impl Site {
 /// The buses that nginx knows, each at `one-`, `two-` and `nothing-` and its name: the process that serves it.
 fn bus_names() -> Vec<String> {
     let numbered = (0..BUSES).map(|n| format!("bus{n}"));
-    ["chat", "published", "once", "delivery", "behind", "hot"].map(String::from).into_iter().chain(numbered).collect()
+    ["chat", "published", "once", "delivery", "behind", "hot", "sender"]
+        .map(String::from)
+        .into_iter()
+        .chain(numbered)
+        .collect()
 }
 
 /// On a port that the kernel picks.
@@ -527,6 +534,27 @@ fn behind(table: &mut Table, site: &Site) {
     });
     let [empty, behind] = [0, 1].map(|poll| spread(&times[poll], 2, "ms"));
     table.row("One poll, 1,000 messages of 100 bytes behind", behind, format!("goal 3 ms; empty poll {empty}"));
+}
+
+/// The browser client in Node: messages in a loop, and messages in regular intervals over long round trips.
+fn sender(table: &mut Table, site: &Site) {
+    let Place::Http(address) = site.place else { unreachable!() };
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/clients/sender.mjs");
+    let output = Command::new("node").arg(script).arg(format!("http://{address}/cgi-bin/one-sender")).output();
+    let output = output.expect("node: make bench installs it");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for line in String::from_utf8(output.stdout).unwrap().lines() {
+        let (what, numbers) = line.split_once(' ').unwrap();
+        let mut numbers: Vec<f64> = numbers.split(' ').map(|number| number.parse().unwrap()).collect();
+        numbers.sort_by(f64::total_cmp);
+        let Ok(round_trip) = what.parse::<f64>() else {
+            table.row("The browser client, 10,000 messages in a loop", spread(&numbers, 0, "a second"), "goal 10,000");
+            continue;
+        };
+        let (goal, worst) = (1.5 * round_trip + 50.0, quantile(&numbers, 1.0));
+        let what = format!("– 60 messages a second, round trip {round_trip} ms longer");
+        table.row(&what, format!("{}, worst {worst:.0}", latency(&mut numbers)), format!("goal: worst {goal}"));
+    }
 }
 
 /// Many streams in one process, and a message to all of them.
