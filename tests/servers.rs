@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::fixtures::daemon::{executable, wait_for};
 use crate::fixtures::fronts::Front;
-use crate::fixtures::http_client::Stream;
+use crate::fixtures::http_client::{Stream, exchange};
 use crate::fixtures::site::{Settings, Site};
 
 const NGINX: &str = include_str!("../examples/nginx-fastcgi.conf");
@@ -365,4 +365,37 @@ fn what_shows_whether_a_server_protects_from_foreign_pages_works_as_written() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "403\n403\n403\n", "{output:?}");
     (0..3).for_each(|_| site.expect_error("foreign_origin"));
     assert_eq!(site.get("chat?id=0").text(), "[]");
+}
+
+/// Apache unpacks the body, and leaves the length and the header as they were.
+#[test]
+fn a_body_that_apache_unpacks_is_refused_and_not_cut() {
+    for front in [Front::ApacheCgid, Front::ApacheCgi] {
+        let site = Site::edited(front, &[], |config, _| {
+            let module = |name: &str| format!("LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so\n");
+            format!("{}{}{config}\nSetInputFilter DEFLATE\n", module("filter"), module("deflate"))
+        });
+        site.copy("chat");
+        let (_, start) = site.join("chat");
+        let packed = Command::new("sh").args(["-c", "head -c 5000 /dev/zero | tr '\\0' 7 | gzip -c"]).output().unwrap();
+        assert!(packed.status.success() && packed.stdout.starts_with(b"\x1f\x8b"));
+        let reply = site.request("POST", "chat?user=1", &[("Content-Encoding", "gzip")], &packed.stdout);
+        assert_eq!(reply.outcome(), (415, "content_encoding".into()), "{front:?} {reply:?}");
+        assert_eq!(site.get(&format!("chat?id={start}")).text(), "[]");
+    }
+}
+
+/// What Apache makes of a setting of the page that was asked for, when it shows another in its place.
+#[test]
+fn a_bus_that_an_error_page_leads_to_does_not_lose_its_settings_silently() {
+    let site = Site::edited(Front::ApacheCgid, &[], |config, _| {
+        let old = "<Location /old>\nSetEnv SHORTBUS_AUTH signed\nErrorDocument 404 /cgi-bin/chat\n</Location>\n";
+        format!("{config}\n{old}")
+    });
+    site.copy("chat");
+    let reply = exchange(&site.address, "GET", "/old/chat", &[], b"").unwrap();
+    assert_eq!(reply.outcome(), (500, "bad_setting".into()), "{reply:?}");
+    assert!(reply.json()["message"].as_str().unwrap().starts_with("REDIRECT_SHORTBUS_AUTH "), "{reply:?}");
+    site.expect_error("bad_setting");
+    assert!(site.get("chat").json().get("secret").is_none());
 }

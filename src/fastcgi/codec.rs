@@ -275,10 +275,6 @@ impl Parser {
             // mod_fcgid ends the body before it begins where HTTP/2 told no length (it has spooled it by then).
             (STDIN, _) if empty && self.phase == Phase::Body && self.body_read == 0 && self.body_length > Some(0) => {}
             (STDIN, _) if empty => self.phase = Phase::Complete,
-            // Some gateways leave the end out.
-            (STDIN, _) if self.phase == Phase::Body && self.body_length == Some(self.body_read) => {
-                self.phase = Phase::Complete;
-            }
             (ABORT_REQUEST, _) if self.phase == Phase::Complete => self.aborted = true,
             (ABORT_REQUEST, id) => {
                 end_request(out, id, REQUEST_COMPLETE);

@@ -7,7 +7,7 @@
 //! 4. The body is bounded and read to its end before anything is answered.
 //! 5. Every number is checked before it gets into a key, every name is encoded.
 //! 6. A reply is JSON with an exact type and `nosniff`; nothing of a request gets into its headers but an allowed
-//!    origin.
+//!    origin and, for an origin that is named, the names of headers that it asks for.
 //! 7. All waiting for the store is bounded by [`crate::limits::STORE_DEADLINE`].
 //! 8. stderr gets one line, control characters escaped.
 //! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time.
