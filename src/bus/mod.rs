@@ -7,10 +7,10 @@
 //!
 //! Two things are assumed of a store: it runs the operations of one write one after the other, and no slot expires between
 //! two operations of one write. memcached's clock ticks once a second and a write takes microseconds, so the second fails
-//! only if a tick falls into a write for the very slot that expires at it, and even then it takes two more publishers, of
-//! which one died: the simulation shows how. No clock is trusted for the promise otherwise: a publisher that slept, or
-//! finds a slot that a dead one left behind long ago, acknowledges only what all polls will see. `tests/simulation.rs`
-//! checks the promise, and that each rule is needed.
+//! only if a tick falls into a write for the very slot that expires at it, and even then it takes two more publishers: one
+//! that died before it advanced `last`, and one that advances `last` over its slot in that moment. The simulation shows how.
+//! No clock is trusted for the promise otherwise: a publisher that slept, or finds a slot that a dead one left behind long
+//! ago, acknowledges only what all polls will see. `tests/simulation.rs` checks the promise, and that each rule is needed.
 
 mod check;
 pub mod error;

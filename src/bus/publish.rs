@@ -52,7 +52,8 @@ pub async fn publish(store: &mut impl Store, publish: Publish<'_>, ttl: u32) -> 
 ///
 /// A repeat cannot tell a slot that was stored too late from another. It takes a coincidence: a publisher that died
 /// inside its one write, so that its slot was stored and `last` not moved; a bus on which then nobody published until
-/// that slot was about to expire; and another's write under way, of a send that is repeated later, while it expires.
+/// that slot was about to expire; and another publisher that has read `last` before and writes when it has expired, for a
+/// send that is repeated later.
 ///
 /// # Errors
 /// [`Error::Busy`]: nothing was published. [`Error::Store`]: nothing was published.
