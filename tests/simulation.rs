@@ -1869,6 +1869,19 @@ fn a_poll_finds_every_live_message_at_once_however_far_behind() {
     }
 }
 
+#[test]
+fn a_cursor_inside_a_slot_that_is_not_there_yet_is_of_a_counter_that_was_lost() {
+    let (last, behind) = (EPOCH / IDS, (EPOCH / IDS + 1) * IDS);
+    for (after, missed) in [(behind - 1, false), (behind, true), (behind + IDS - 2, true), (behind + IDS - 1, true)] {
+        let mut simulation = Simulation::new(World { last: Some(Counter { value: last, cas: 1 }), ..World::default() });
+        simulation.spawn(false, |mut client| async move {
+            let page = bus::poll(&mut client, after, None).await.expect("nothing goes wrong");
+            assert_eq!((page.last_id, page.missed), (behind - 1, missed), "{after}");
+        });
+        simulation.run();
+    }
+}
+
 async fn read_to_the_end(mut client: Client, mut after: u64, except: Option<u64>, wanted: Vec<(u64, u64)>) {
     let (world, me) = (client.world.clone(), client.actor);
     let last = world.borrow().last.expect("there is one").value * IDS + IDS - 1;

@@ -78,7 +78,7 @@ pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Re
         return Ok(reader.page);
     };
     let mut live = false;
-    if last + 1 < first {
+    if slot::last_id(last) < after {
         // The counter was lost and came back lower.
         reader.page.missed = true;
         reader.next = 1;
