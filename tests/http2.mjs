@@ -25,7 +25,7 @@ const BUS = "/cgi-bin/chat";
 const EVENTS = { accept: "text/event-stream" };
 
 const { id, ...join } = JSON.parse((await get(BUS)).body);
-assert.deepEqual(Object.keys(join), ["user"], "neither waits nor streams are offered");
+assert.deepEqual(Object.keys(join), ["user", "batch"], "neither waits nor streams are offered");
 
 const answered = async () => {
   const replies = await Promise.all([get(BUS), get(`${BUS}?id=${id}&wait=50`), get("/static.txt")]);

@@ -381,8 +381,8 @@ fn a_key_has_32_bytes_at_least_and_any_of_them(front: Front) {
         wait_for("its length in the log", || site.log().contains(&length));
     }
     // An open bus has no use for it.
-    site.publish("open", 1, "1");
-    wait_for("the last error in the log", || site.log().matches("bad_setting").count() == 9);
+    assert_outcome(&site.post("open?user=1", "1"), 500, "bad_setting");
+    wait_for("the last error in the log", || site.log().matches("bad_setting").count() == 10);
     assert!(!site.log().contains("ZQXJ"));
 }
 
@@ -474,21 +474,21 @@ fn a_bus_turns_signed_and_open_again_while_clients_are_on_it(front: Front) {
 fn an_open_bus_is_as_it_was(front: Front) {
     let site = Site::with(front, &[("keyed", &[KEY])]);
     site.copy("chat");
-    for bus in ["chat", "keyed"] {
-        let reply = site.get(bus);
-        let (json, start) = (reply.json(), site.join(bus).1);
-        let offer = if front.can_wait() { ",\"wait\":60,\"stream\":true" } else { "" };
-        assert_eq!(reply.text(), format!("{{\"user\":{},\"id\":{start}{offer}}}", json["user"]));
-        for (n, query) in ["", "&time=1", "&sig=x", "&once=k&time=1&time=2&sig=&sig="].into_iter().enumerate() {
-            let reply = site.post(&format!("{bus}?user=1{query}"), "1");
-            assert_eq!(reply.text(), format!("{{\"user\":1,\"id\":{}}}", start + (1 + n as u64) * STEP));
-        }
+    // A key alone says that somebody meant the bus to be signed.
+    assert_outcome(&site.get("keyed"), 500, "bad_setting");
+    let reply = site.get("chat");
+    let (json, start) = (reply.json(), site.join("chat").1);
+    let offer = if front.can_wait() { ",\"wait\":60,\"stream\":true" } else { "" };
+    assert_eq!(reply.text(), format!("{{\"user\":{},\"id\":{start},\"batch\":256{offer}}}", json["user"]));
+    for (n, query) in ["", "&time=1", "&sig=x", "&once=k&time=1&time=2&sig=&sig="].into_iter().enumerate() {
+        let reply = site.post(&format!("chat?user=1{query}"), "1");
+        assert_eq!(reply.text(), format!("{{\"user\":1,\"id\":{}}}", start + (1 + n as u64) * STEP));
     }
     if site.is_local {
-        assert_eq!(["chat", "keyed"].map(|bus| kept_key(&site, bus)), [[0; 32]; 2]);
+        assert_eq!(kept_key(&site, "chat"), [0; 32]);
         return;
     }
-    assert_eq!(site.memcached.ask("mg shortbus:chat:key\r\nmg shortbus:keyed:key\r\n"), "EN\r\nEN\r\n");
+    assert_eq!(site.memcached.ask("mg shortbus:chat:key\r\n"), "EN\r\n");
 }
 
 /// What a signature is made of, and what it is.
