@@ -36,6 +36,9 @@ const SUBSCRIBERS: usize = 10;
 const DELIVERY_ROUNDS: usize = 5;
 const MESSAGES: usize = 80;
 const PAUSE: Duration = Duration::from_millis(50);
+/// Messages to streams on a local store, and streams that idle there.
+const LOCAL_MESSAGES: usize = 200;
+const IDLE_STREAMS: usize = 1_000;
 /// How often pages poll that do not wait.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// Whoever has not heard a message by then has missed it.
@@ -65,6 +68,12 @@ const BUS_PAUSE: Duration = Duration::from_millis(20);
 const BUS_ROUNDS: usize = 4;
 const HOT_PUBLISHERS: usize = 16;
 
+/// Two of shortbus with memcached, two with a local store, and one that answers without doing anything.
+const PROCESSES: [&str; 5] = ["one", "two", "local", "beside", "nothing"];
+
+/// Messages of a batch.
+const BATCH: usize = 16;
+
 const BODY: &str = r#"{"text":"Hello, everyone!"}"#;
 /// What a publish answers.
 const PUBLISHED: &str = r#"{"user":1,"id":"#;
@@ -88,6 +97,8 @@ fn main() {
     let site = Site::start();
     requests(&mut table, &site);
     delivery(&mut table, &site);
+    local_delivery(&mut table, &site);
+    idle(&mut table, &site);
     behind(&mut table, &site);
     sender(&mut table, &site);
     streams(&mut table, files);
@@ -101,15 +112,15 @@ fn load_average() -> String {
     std::fs::read_to_string("/proc/loadavg").unwrap().split(' ').take(1).collect()
 }
 
-/// nginx before two processes of shortbus and one that does nothing.
+/// nginx before five processes, at the addresses that begin with their names.
 struct Site {
     place: Place,
     nginx: u32,
     memcached: Memcached,
-    /// Two of shortbus, which serve the same buses, then the one that does nothing.
-    processes: [u32; 3],
+    /// By the numbers in [`PROCESSES`].
+    pids: Vec<u32>,
+    folder: Folder,
     _daemons: Vec<Daemon>,
-    _folder: Folder,
 }
 
 impl Site {
@@ -117,27 +128,37 @@ impl Site {
         let (folder, memcached) = (Folder::new(), Memcached::start_tcp());
         let program = fastcgi_server::copy(&folder);
         let variables = [("SHORTBUS_MEMCACHED", &memcached.address[..])];
-        let worker = |name| Worker::start(&program, folder.join(name), &folder, &variables).daemon;
+        let local = [("SHORTBUS_STORE", local_store(&folder))];
+        let local = local.each_ref().map(|(name, value)| (*name, &value[..]));
+        let mut daemons: Vec<Daemon> = PROCESSES[..4]
+            .iter()
+            .enumerate()
+            .map(|(n, name)| (name, if n < 2 { variables } else { local }))
+            .map(|(name, set)| Worker::start(&program, folder.join(&format!("{name}.s")), &folder, &set).daemon)
+            .collect();
         let mut nothing = Command::new(baseline("responder"));
-        let nothing = Daemon::start(nothing.arg(folder.join("nothing.s")), "nothing: it is built by make bench");
+        daemons.push(Daemon::start(nothing.arg(folder.join("nothing.s")), "nothing: it is built by make bench"));
         wait_for("the responder", || UnixStream::connect(folder.join("nothing.s")).is_ok());
-        let mut daemons = vec![worker("one.s"), worker("two.s"), nothing];
-        let processes = [0, 1, 2].map(|n| daemons[n].pid());
+        let pids = daemons.iter().map(Daemon::pid).collect();
         let (address, nginx) = start_nginx(&folder);
         let master = nginx.pid();
         daemons.push(nginx);
         let children = std::fs::read_to_string(format!("/proc/{master}/task/{master}/children")).unwrap();
         let nginx = children.trim().parse().expect("nginx's one worker");
-        Site { place: Place::Http(address), nginx, memcached, processes, _daemons: daemons, _folder: folder }
+        Site { place: Place::Http(address), nginx, memcached, pids, folder, _daemons: daemons }
     }
 
     fn client(&self) -> Client {
         Client::connect(&self.place)
     }
 
-    /// The newest id of this bus.
+    /// The newest id of the bus at this address.
     fn join(&self, bus: &str) -> u64 {
-        number_after(&self.client().exchange(&get(&format!("one-{bus}"))).body, "\"id\":")
+        number_after(&self.client().exchange(&get(bus)).body, "\"id\":")
+    }
+
+    fn pid(&self, process: &str) -> u32 {
+        self.pids[PROCESSES.iter().position(|name| *name == process).unwrap()]
     }
 
     fn memcached_pid(&self) -> u32 {
@@ -145,10 +166,24 @@ impl Site {
     }
 }
 
-/// The buses that nginx knows, each at `one-`, `two-` and `nothing-` and its name: the process that serves it.
+impl Drop for Site {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(local_store(&self.folder)).ok();
+    }
+}
+
+/// The folder of the local store, in memory as a bus without a setting has it.
+fn local_store(folder: &Folder) -> String {
+    let name = folder.join("").file_name().unwrap().to_str().unwrap().to_owned();
+    let path = std::path::Path::new("/dev/shm").join(name);
+    std::fs::create_dir_all(&path).unwrap();
+    path.display().to_string()
+}
+
+/// The buses that nginx knows, each at the name of the process that serves it, `-` and its own.
 fn bus_names() -> Vec<String> {
     let numbered = (0..BUSES).map(|n| format!("bus{n}"));
-    ["chat", "published", "once", "delivery", "behind", "hot", "sender"]
+    ["chat", "published", "batches", "once", "delivery", "behind", "idle", "hot", "sender"]
         .map(String::from)
         .into_iter()
         .chain(numbered)
@@ -161,7 +196,7 @@ fn start_nginx(folder: &Folder) -> (SocketAddr, Daemon) {
     // The repository's example, but for names, and with connections that are kept, as it advises.
     let block = include_str!("../examples/nginx-fastcgi.conf").rsplit_once('}').unwrap().0;
     let (mut upstreams, mut locations) = (String::new(), String::new());
-    for process in ["one", "two", "nothing"] {
+    for process in PROCESSES {
         upstreams += &format!("upstream {process} {{ server unix:{root}{process}.s; keepalive 32; }}\n");
         for bus in bus_names() {
             let one = block.replace("cgi-bin/chat", &format!("cgi-bin/{process}-{bus}"));
@@ -219,53 +254,70 @@ fn latency(times: &mut [f64]) -> String {
 
 /// Requests as fast as they are answered.
 fn requests(table: &mut Table, site: &Site) {
-    let poll = |process: &str| {
-        let request = get(&format!("{process}-chat?user=2&id={}", site.join("chat")));
-        move || request.clone()
+    let poll = |process: &str, newest: &str| {
+        let request = get(&format!("{process}-chat?user=2&id={}", site.join(newest)));
+        Box::new(move || request.clone()) as Box<dyn Fn() -> Vec<u8>>
     };
-    let sends = AtomicU64::new(0);
-    let once = || {
-        let target = format!("one-once?user=1&once={}", sends.fetch_add(1, Ordering::Relaxed));
-        post(&target, BODY)
+    let publish = |query: &str, body: &str| {
+        let request = post(query, body);
+        Box::new(move || request.clone()) as Box<dyn Fn() -> Vec<u8>>
     };
-    let twice = [(); 2].map(|()| site.client().exchange(&post("one-once?user=1&once=twice", BODY)).body);
-    type Kind<'a> = (&'static str, &'static str, Box<dyn Fn() -> Vec<u8> + 'a>);
-    let mut kinds: Vec<Kind> = vec![
-        ("nothing", "[]", Box::new(poll("nothing"))),
-        ("**empty poll**", "[]", Box::new(poll("one"))),
-        ("**publish**", PUBLISHED, Box::new(|| post("one-published?user=1", BODY))),
+    let keys = AtomicU64::new(0);
+    let once = |process: &'static str| {
+        let keys = &keys;
+        let key = move || keys.fetch_add(1, Ordering::Relaxed);
+        Box::new(move || post(&format!("{process}-once?user=1&once={}", key()), BODY)) as Box<dyn Fn() -> Vec<u8>>
+    };
+    let batch = format!("[{}]", vec![BODY; BATCH].join(","));
+    // What, served by whom, how a reply begins, the request, and the messages in one.
+    let kinds = [
+        ("nothing", "nothing", "[]", poll("nothing", "one-chat"), 1),
+        ("**empty poll**", "one", "[]", poll("one", "one-chat"), 1),
+        ("**publish**", "one", PUBLISHED, publish("one-published?user=1", BODY), 1),
+        ("**publish** with `once`", "one", PUBLISHED, once("one"), 1),
+        ("messages in **batches** of 16", "one", PUBLISHED, publish("one-batches?user=1&batch=1", &batch), BATCH),
+        ("**empty poll**, local store", "local", "[]", poll("local", "local-chat"), 1),
+        ("**publish**, local store", "local", PUBLISHED, publish("local-published?user=1", BODY), 1),
+        ("**publish** with `once`, local store", "local", PUBLISHED, once("local"), 1),
+        (
+            "messages in **batches** of 16, local store",
+            "local",
+            PUBLISHED,
+            publish("local-batches?user=1&batch=1", &batch),
+            BATCH,
+        ),
     ];
-    if twice[0] == twice[1] {
-        kinds.push(("**publish** with `once`", PUBLISHED, Box::new(once)));
-    }
-    // Responder's, nginx's, memcached's and the clients' time, microseconds a request.
+    // The process's, nginx's, memcached's and the clients' time, microseconds a request.
     let memcached = site.memcached_pid();
     let mut costs = vec![Vec::new(); kinds.len() * CONNECTIONS.len()];
     let rates = interleave(costs.len(), ROUNDS, |job| {
-        let (what, expect, request) = &kinds[job / CONNECTIONS.len()];
-        let process = site.processes[if *what == "nothing" { 2 } else { 0 }];
-        let used = || [cpu(process), cpu(site.nginx), cpu(memcached), own_cpu()];
+        let (_, process, expect, request, messages) = &kinds[job / CONNECTIONS.len()];
+        let used = || [cpu(site.pid(process)), cpu(site.nginx), cpu(memcached), own_cpu()];
         let before = used();
         let (count, time) = closed_loop(&site.place, CONNECTIONS[job % CONNECTIONS.len()], request, expect);
         let after = used();
         costs[job].push([0, 1, 2, 3].map(|n| (after[n] - before[n]).as_secs_f64() * 1e6 / count as f64));
-        count as f64 / time.as_secs_f64()
+        (count * messages) as f64 / time.as_secs_f64()
     });
     for (c, connections) in CONNECTIONS.iter().enumerate() {
         for (n, (what, ..)) in kinds.iter().enumerate() {
             let job = n * CONNECTIONS.len() + c;
-            let ratio = median(&rates[job]) / median(&rates[c]);
+            let ratio = |to: usize| median(&rates[job]) / median(&rates[to * CONNECTIONS.len() + c]);
             let cost = |part: usize| {
                 let mut values: Vec<f64> = costs[job].iter().map(|cost| cost[part]).collect();
                 values.sort_by(f64::total_cmp);
                 median(&values)
             };
             let [own, nginx, memcached, clients] = [0, 1, 2, 3].map(cost);
-            let cpu = format!("CPU {own:.0} µs each, nginx {nginx:.0}, memcached {memcached:.0}, clients {clients:.0}");
+            let cpu =
+                format!("CPU {own:.0} µs a request, nginx {nginx:.0}, memcached {memcached:.0}, clients {clients:.0}");
             let compared = match n {
                 0 => cpu,
-                1 => format!("{ratio:.2} × nothing (goal 0.7); {cpu}"),
-                _ => format!("{ratio:.2} × nothing; {cpu}"),
+                1 => format!("{:.2} × nothing (goal 0.7); {cpu}", ratio(0)),
+                2 => format!("{:.2} × nothing, {:.2} × empty poll (goal 0.55); {cpu}", ratio(0), ratio(1)),
+                5 => format!("{:.2} × nothing (goal 0.9); {cpu}", ratio(0)),
+                6 => format!("{:.2} × nothing (goal 0.75); {cpu}", ratio(0)),
+                _ => format!("{:.2} × nothing; {cpu}", ratio(0)),
             };
             table.row(&format!("{what}, {connections} connections"), spread(&rates[job], 0, "a second"), compared);
         }
@@ -386,6 +438,18 @@ impl Streams {
         }
     }
 
+    /// The share of a core that their process takes while nothing happens, percent.
+    fn idle(&mut self, pid: u32) -> f64 {
+        let (before, start) = (cpu(pid), Instant::now());
+        let end = start + IDLE;
+        while Instant::now() < end {
+            for n in self.epoll.wait(end) {
+                assert!(self.clients[n].read(), "stream {n} has ended");
+            }
+        }
+        100.0 * (cpu(pid) - before).as_secs_f64() / start.elapsed().as_secs_f64()
+    }
+
     /// Hears `messages` by each; `heard` is told the client's number and the message's.
     fn hear(&mut self, messages: usize, mut heard: impl FnMut(usize, usize)) {
         let mut had = std::mem::take(&mut self.had);
@@ -411,7 +475,7 @@ fn delivery(table: &mut Table, site: &Site) {
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); ways.len() * sources.len()];
     interleave(ways.len(), DELIVERY_ROUNDS, |way| {
         let sent = Sent::new(MESSAGES);
-        let id = site.join("delivery");
+        let id = site.join("one-delivery");
         let publish = || publish_by_turns(site, &sent);
         thread::scope(|scope| {
             let mut heard = |_: usize, n: usize| times[way * sources.len() + n % sources.len()].push(sent.age(n));
@@ -451,20 +515,21 @@ fn publish_by_turns(site: &Site, sent: &Sent) {
         let reply = match n % 3 {
             0 => client.exchange(&post(&target("one"), &sent.message(n))).body,
             1 => client.exchange(&post(&target("two"), &sent.message(n))).body,
-            _ => cgi(site, &sent.message(n)),
+            _ => cgi(("SHORTBUS_MEMCACHED", &site.memcached.address), &sent.message(n)),
         };
         assert!(reply.contains(PUBLISHED), "{reply}");
     }
 }
 
-fn cgi(site: &Site, body: &str) -> String {
+/// Publishes by CGI, with the setting that says where the bus lives.
+fn cgi(place: (&str, &str), body: &str) -> String {
     let mut command = Command::new(executable());
     command.env_clear().envs([
         ("GATEWAY_INTERFACE", "CGI/1.1"),
         ("REQUEST_METHOD", "POST"),
         ("QUERY_STRING", "user=1"),
         ("CONTENT_LENGTH", &body.len().to_string()),
-        ("SHORTBUS_MEMCACHED", &site.memcached.address),
+        place,
         ("SHORTBUS_BUS", "delivery"),
     ]);
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -519,21 +584,81 @@ fn poll_all(site: &Site, id: u64, wait: bool, heard: &mut dyn FnMut(usize, usize
 /// One poll of a client that was away for a while.
 fn behind(table: &mut Table, site: &Site) {
     let mut client = site.client();
-    let id = site.join("behind");
     let body = format!("\"{}\"", "x".repeat(BEHIND_BYTES - 2));
-    for _ in 0..BEHIND {
-        client.exchange(&post("one-behind?user=1", &body));
-    }
-    let polls = [id + BEHIND as u64, id].map(|id| get(&format!("one-behind?user=2&id={id}")));
+    let polls = ["one", "local"].map(|process| {
+        let id = site.join(&format!("{process}-behind"));
+        for _ in 0..BEHIND {
+            client.exchange(&post(&format!("{process}-behind?user=1"), &body));
+        }
+        let newest = site.join(&format!("{process}-behind"));
+        [newest, id].map(|id| get(&format!("{process}-behind?user=2&id={id}")))
+    });
+    let polls = polls.as_flattened();
     let times = interleave(polls.len(), BEHIND_POLLS, |poll| {
         let start = Instant::now();
         let reply = client.exchange(&polls[poll]);
         let time = millis(start.elapsed());
-        assert_eq!(reply.body.matches(&body).count(), poll * BEHIND);
+        assert_eq!(reply.body.matches(&body).count(), poll % 2 * BEHIND);
         time
     });
-    let [empty, behind] = [0, 1].map(|poll| spread(&times[poll], 2, "ms"));
-    table.row("One poll, 1,000 messages of 100 bytes behind", behind, format!("goal 3 ms; empty poll {empty}"));
+    for (n, (store, goal)) in [("", "goal 3 ms"), (", local store", "goal 1 ms")].iter().enumerate() {
+        let [empty, behind] = [0, 1].map(|poll| spread(&times[n * 2 + poll], 2, "ms"));
+        let what = format!("One poll, 1,000 messages of 100 bytes behind{store}");
+        table.row(&what, behind, format!("{goal}; empty poll {empty}"));
+    }
+}
+
+/// From the reply to the publisher until a stream has the message, which another process has published.
+fn local_delivery(table: &mut Table, site: &Site) {
+    let id = site.join("local-delivery");
+    let request = get(&format!("local-delivery?user=2&id={id}&stream=1"));
+    let mut streams = Streams::open(&site.place, &vec![request; SUBSCRIBERS]);
+    let sent = Sent::new(LOCAL_MESSAGES);
+    let replied = Sent::new(LOCAL_MESSAGES);
+    let mut received = vec![Vec::new(); LOCAL_MESSAGES];
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut client = site.client();
+            let mut random = Random(5);
+            for n in 0..LOCAL_MESSAGES {
+                thread::sleep(PAUSE / 2 + PAUSE * random.below(1_000) as u32 / 1_000);
+                let message = sent.message(n);
+                let reply = match n % 2 {
+                    0 => client.exchange(&post("beside-delivery?user=1", &message)).body,
+                    _ => cgi(("SHORTBUS_STORE", &local_store(&site.folder)), &message),
+                };
+                replied.message(n);
+                assert!(reply.contains(PUBLISHED), "{reply}");
+            }
+        });
+        streams.hear(LOCAL_MESSAGES, |_, n| received[n].push(Instant::now()));
+    });
+    for (way, source) in ["another process", "CGI"].iter().enumerate() {
+        let numbers = (0..LOCAL_MESSAGES).filter(|n| n % 2 == way);
+        let times = |from: &Sent| -> Vec<f64> {
+            let begin = |n: usize| from.start + Duration::from_nanos(from.times[n].load(Ordering::Acquire));
+            let each = |n: usize| received[n].iter().map(move |at: &Instant| (n, at));
+            let times = numbers.clone().flat_map(each);
+            times.map(|(n, at)| millis(at.saturating_duration_since(begin(n)))).collect()
+        };
+        let [mut whole, mut beyond] = [times(&sent), times(&replied)];
+        let compared = format!("goal 1 and 3; from the request on {}", latency(&mut whole));
+        let what = format!("Stream, local store, published by {source}: beyond the publisher's reply");
+        table.row(&what, latency(&mut beyond), compared);
+    }
+}
+
+/// Streams on a local store, on which nothing happens.
+fn idle(table: &mut Table, site: &Site) {
+    let id = site.join("local-idle");
+    let request = get(&format!("local-idle?user=2&id={id}&stream=1"));
+    let mut crowd = Streams::open(&site.place, &vec![request; IDLE_STREAMS]);
+    let share = crowd.idle(site.pid("local"));
+    table.row(
+        &format!("{IDLE_STREAMS} streams, local store, idle for 15 s"),
+        format!("{share:.2} % of a core"),
+        "goal 0.3 %",
+    );
 }
 
 /// The browser client in Node: messages in a loop, and messages in regular intervals over long round trips.
@@ -585,14 +710,7 @@ fn streams(table: &mut Table, files: u64) {
         format!("goal 8 KB; {size} KB in all; {started}; {limits}"),
     );
 
-    let (before, start) = (cpu(pid), Instant::now());
-    let end = start + IDLE;
-    while Instant::now() < end {
-        for n in crowd.epoll.wait(end) {
-            assert!(crowd.clients[n].read(), "stream {n} has ended");
-        }
-    }
-    let share = 100.0 * (cpu(pid) - before).as_secs_f64() / start.elapsed().as_secs_f64();
+    let share = crowd.idle(pid);
     table.row("– idle for 15 s", format!("{share:.2} % of a core"), "goal 2 %");
 
     for (what, socket) in [("same process", &bus.worker.socket), ("another process", &another.socket)] {
@@ -620,14 +738,14 @@ fn streams(table: &mut Table, files: u64) {
 
 /// Many pages that poll plainly.
 fn pages(table: &mut Table, site: &Site) {
-    let id = site.join("chat");
+    let id = site.join("one-chat");
     let mut times = [const { Vec::new() }; 2];
     let shares = RefCell::new([const { Vec::new() }; 2]);
     let memcached = site.memcached_pid();
     let mut others = [const { Vec::new() }; 3];
-    let processes = [("nothing", site.processes[2]), ("one", site.processes[0])];
+    let processes = ["nothing", "one"];
     interleave(processes.len(), PAGES_ROUNDS, |n| {
-        let (process, pid) = processes[n];
+        let (process, pid) = (processes[n], site.pid(processes[n]));
         let used = || [cpu(pid), cpu(site.nginx), cpu(memcached), own_cpu()];
         let (before, start) = (used(), Instant::now());
         times[n].extend(poll_at_intervals(site, &get(&format!("{process}-chat?user=2&id={id}"))));
@@ -710,7 +828,7 @@ fn buses(table: &mut Table, site: &Site) {
     interleave(hot.len(), BUS_ROUNDS, |job| {
         let requests: Vec<Vec<u8>> = (0..BUSES * BUS_SUBSCRIBERS)
             .map(|n| format!("bus{}", n % BUSES))
-            .map(|bus| get(&format!("one-{bus}?user=2&id={}&stream=1", site.join(&bus))))
+            .map(|bus| get(&format!("one-{bus}?user=2&id={}&stream=1", site.join(&format!("one-{bus}")))))
             .collect();
         let mut streams = Streams::open(&site.place, &requests);
         let (sent, stop) = (Sent::new(BUS_MESSAGES * BUSES), AtomicBool::new(false));
