@@ -34,6 +34,8 @@ macro_rules! client {
             "\n",
             include_str!("client/batch.js"),
             "\n",
+            include_str!("client/json.js"),
+            "\n",
             include_str!("client/outbox.js"),
             "\n",
             include_str!("client/event_stream.js"),

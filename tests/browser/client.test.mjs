@@ -308,6 +308,44 @@ test("a bus closed by its listener says nothing more", async (t) => {
   assert.deepEqual([bus.heard(), bus.events.error], [[1], []]);
 });
 
+test("what JSON would ruin without a word is refused, and says what to send", async (t) => {
+  const proxy = await proxied(t, site.bus("nojson"));
+  const bus = await joined(t, proxy.url);
+  const { buffer } = new Uint8Array(2);
+  const ruined = {
+    Map: new Map([[1, 2]]), Set: new Set([1]), ArrayBuffer: buffer, DataView: new DataView(buffer), BigInt: 1n,
+    Uint8Array: new Uint8Array(2), Float64Array: new Float64Array(0), Blob: new Blob(["x"]), RegExp: /x/,
+    Error: new Error("x"), Promise: Promise.resolve(), function: () => 1, symbol: Symbol("s"), undefined: undefined,
+  };
+  for (const [type, value] of Object.entries(ruined)) {
+    const refused = (error) => {
+      assert.equal(error.name, "DataCloneError");
+      assert.match(error.message, new RegExp(`^JSON has no ${type}\\b.*: send .{4,}`));
+      return true;
+    };
+    await assert.rejects(bus.send(value), refused);
+    // What is left out of an object, as JSON has it, is no surprise.
+    if (["function", "symbol", "undefined"].includes(type)) continue;
+    for (const data of [[value], { deep: [{ value }] }]) assert.throws(() => bus.postMessage(data), refused);
+  }
+  class Move {
+    #hidden = 1;
+    from = "e2";
+    to = "e4";
+  }
+  const fine = {
+    date: new Date(0), nan: NaN, infinite: -Infinity, list: [undefined, () => 1], none: undefined, move: new Move(),
+    boxed: [new Number(1), new String("x"), new Boolean(false)], bare: Object.create(null),
+    url: new URL("http://a.test/"), empty: [{}, []], own: { toJSON: () => "mine" },
+  };
+  const bob = await joined(t, site.bus("nojson"));
+  await bus.send(fine);
+  await until("the message", () => bob.heard().length);
+  assert.deepEqual(bob.heard(), [JSON.parse(JSON.stringify(fine))]);
+  assert.deepEqual([bob.heard()[0].date, bob.heard()[0].nan], ["1970-01-01T00:00:00.000Z", null]);
+  assert.equal(posts(proxy).length, 1);
+});
+
 test("what is no JSON is refused, and nothing is sent", async (t) => {
   const proxy = await proxied(t, site.bus("nojson"));
   const bus = await joined(t, proxy.url);

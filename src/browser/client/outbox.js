@@ -35,8 +35,7 @@ class Outbox {
   /** Takes a message: a promise of its id. */
   add(data) {
     // We serialize at once: the caller may change the object later.
-    const body = JSON.stringify(data);
-    if (body === undefined) throw new DOMException("only what JSON can express can be sent", "DataCloneError");
+    const body = toJson(data);
     const bytes = utf8(body).length;
     return new Promise((resolve, reject) => {
       const addedAt = [Date.now(), performance.now()];
