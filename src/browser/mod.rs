@@ -30,6 +30,8 @@ macro_rules! client {
             "\n",
             include_str!("client/time.js"),
             "\n",
+            include_str!("client/identity.js"),
+            "\n",
             include_str!("client/session.js"),
             "\n",
             include_str!("client/batch.js"),

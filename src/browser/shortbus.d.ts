@@ -2,7 +2,7 @@
 
 /** Why something failed. */
 export interface BusError extends Error {
-  /** The server's stable code, or `network`, `http`, `not_a_bus`, `late`, `insecure_context`. */
+  /** The server's stable code, or `network`, `http`, `not_a_bus`, `late`, `insecure_context`, `signed_bus`. */
   readonly code: string;
   /** The HTTP status; 0 where no server answered. */
   readonly status: number;
@@ -46,6 +46,19 @@ export interface MessageBusOptions {
   interval?: number;
   /** Milliseconds for which a send is tried again, 30,000 unless given; no longer than the bus's SHORTBUS_TTL. */
   deadline?: number;
+  /**
+   * Keeps the user over reloads, of the tab or of the whole browser, in its sessionStorage or localStorage. All tabs with
+   * one user are one: they hear each other with `echo` only.
+   */
+  identity?: "tab" | "browser";
+  /** The user, from 0 to 2^53-1; on a signed bus an error. */
+  user?: number;
+  /** Begins with the messages after this id; 0: with all that live. Unless given, with what comes after the join. */
+  after?: number;
+  /** Also hears what this user sends itself, in the one order that all see. */
+  echo?: boolean;
+  /** Of every request, such as `Authorization`. They are read at each request. */
+  headers?: HeadersInit;
   /** Closes the bus, and drops what is not on its way: those promises are rejected. */
   signal?: AbortSignal;
 }
@@ -60,9 +73,9 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   /** The last part of the URL. */
   readonly name: string;
   readonly url: string;
-  /** This user's id, which a `rejoin` changes; undefined until the bus is joined. */
+  /** This user's id, which a `rejoin` changes; undefined until the bus is joined, unless given or kept. */
   readonly user: number | undefined;
-  /** All messages up to this id have been passed; undefined until the bus is joined. */
+  /** All messages up to this id have been passed; undefined until the bus is joined, unless given as `after`. */
   readonly lastId: number | undefined;
   /** Whether the latest poll was answered. */
   readonly connected: boolean;

@@ -11,10 +11,11 @@ import { atEnd, startFastcgiSite, startProxy, startSite, unbatched, until } from
 const SIGNED = { SHORTBUS_AUTH: "signed" };
 const site = await startSite((site) => {
   const allowed = { SHORTBUS_ALLOW_ORIGIN: site.otherOrigin };
-  return { allowed, "signed-*": SIGNED, "signed-allowed": { ...SIGNED, ...allowed } };
+  const anyone = { SHORTBUS_ALLOW_ORIGIN: "*" };
+  return { allowed, anyone, "signed-*": SIGNED, "signed-allowed": { ...SIGNED, ...allowed } };
 });
 const live = await startFastcgiSite(); // with event streams and long polls
-for (const name of ["allowed", "denied"]) site.bus(name);
+for (const name of ["allowed", "anyone", "denied"]) site.bus(name);
 
 function find(...names) {
   const folders = process.env.PATH.split(":");
@@ -280,6 +281,140 @@ test("online again, it polls at once", async (t) => {
   await until("the message", () => count(page));
 });
 
+for (const [name, browser] of Object.entries(browsers)) {
+  for (const bus of ["kept", "signed-kept"]) {
+    test(`${name}: a tab, or a browser, keeps its user over reloads, on the bus ${bus}`, async (t) => {
+      const url = html(`${bus}-${name}`);
+      const bob = await joined(await visit(t, browser, html(`${bus}-${name}`)));
+      const user = (page) => page.evaluate(() => bus.user);
+      const speakers = [];
+      const users = {};
+      for (const identity of ["tab", "browser"]) {
+        const [page, other] = await visits(t, browser, url, 2);
+        await joined(page, { identity });
+        users[identity] = await user(page);
+        for (const round of [0, 1, 2]) {
+          if (round) await page.reload();
+          await start(page, { identity });
+          if (round) assert.equal(await user(page), users[identity]); // before it is joined
+          await send(page, `${identity} ${round}`);
+          speakers.push(users[identity]);
+        }
+        await joined(other, { identity });
+        assert.equal((await user(other)) === users[identity], identity === "browser");
+      }
+      await until("all", async () => (await count(bob)) >= 6);
+      const all = ["tab", "browser"].flatMap((identity) => [0, 1, 2].map((n) => `${identity} ${n}`));
+      assert.deepEqual(await log(bob), all);
+      const messages = (await site.ask(`${site.bus(`${bus}-${name}`)}?id=0`)).json;
+      assert.deepEqual(messages.map(({ user }) => user), speakers);
+      assert.notEqual(users.tab, users.browser);
+    });
+  }
+
+  test(`${name}: a tab that is duplicated is another user, and both keep theirs`, async (t) => {
+    const url = html(`duplicate-${name}`);
+    const page = await joined(await visit(t, browser, url), { identity: "tab" });
+    const user = (page) => page.evaluate(() => bus.user);
+    const opened = new Promise((resolve) => page.once("popup", resolve));
+    await page.evaluate(() => void window.open(location.href));
+    const copy = await opened;
+    await until("the copy", () => copy.evaluate(() => !!window.MessageBus && !!sessionStorage.length));
+    await joined(copy, { identity: "tab" });
+    const [first, second] = [await user(page), await user(copy)];
+    assert.notEqual(first, second);
+    for (const tab of [page, copy, copy, page]) {
+      await tab.reload();
+      await joined(tab, { identity: "tab" });
+      // Two clients of one page are one user.
+      await tab.evaluate(() => (window.second = new MessageBus({ identity: "tab" })));
+      await until("the second", () => tab.evaluate(() => second.connected));
+      assert.equal(await tab.evaluate(() => second.user), tab === page ? first : second);
+      assert.equal(await user(tab), tab === page ? first : second);
+    }
+  });
+
+  test(`${name}: a tab that comes back is who it was, as is what came between`, async (t) => {
+    const url = html(`between-${name}`);
+    const page = await joined(await visit(t, browser, url), { identity: "tab" });
+    const user = () => page.evaluate(() => bus.user);
+    const before = await user();
+    await page.goto(`${url}?second`);
+    await joined(page, { identity: "tab" });
+    assert.equal(await user(), before);
+    await page.goBack();
+    if (!(await page.evaluate(() => !!window.bus))) await joined(page, { identity: "tab" }); // it was not kept
+    await page.reload();
+    await joined(page, { identity: "tab" });
+    assert.equal(await user(), before);
+  });
+}
+
+test("tabs that are one user hear each other with echo, and only then", async (t) => {
+  for (const at of [site, live]) {
+    const pages = await visits(t, chromium, html("together", "", "strict", at), 3);
+    const options = [{ echo: true }, { echo: true }, {}];
+    await joined(pages[0], { identity: "browser", ...options[0] });
+    await Promise.all([1, 2].map((n) => joined(pages[n], { identity: "browser", ...options[n] })));
+    for (const [n, page] of pages.entries()) await send(page, n);
+    await at.publish(at.bus("together"), "end");
+    const heard = async (page) => (await log(page)).includes("end");
+    await until("the end", async () => (await Promise.all(pages.map(heard))).every(Boolean));
+    assert.deepEqual(await Promise.all(pages.map((page) => log(page))), [[0, 1, 2, "end"], [0, 1, 2, "end"], ["end"]]);
+  }
+});
+
+test("tabs that share a stream see one order with echo, and begin with what lives", async (t) => {
+  const url = html("echoes", "", "strict", live);
+  for (const n of numbers(0, 5)) await live.publish(live.bus("echoes"), n);
+  const pages = await visits(t, chromium, url, 3);
+  await Promise.all(pages.map((page) => joined(page, { echo: true, after: 0 })));
+  await Promise.all(pages.flatMap((page, n) => numbers(0, 5).map((m) => send(page, `${n} ${m}`))));
+  await until("all", async () => (await Promise.all(pages.map((page) => count(page)))).every((n) => n >= 20));
+  const [first, ...rest] = await Promise.all(pages.map((page) => log(page)));
+  assert.deepEqual([first.slice(0, 5), first.length], [numbers(0, 5), 20]);
+  for (const other of rest) assert.deepEqual(other, first);
+  for (const page of pages) assert.deepEqual(await log(page, "missed"), []);
+});
+
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: in a sandbox, where a storage throws, an identity is as none`, async (t) => {
+    site.serve("sandboxed.html", `<!doctype html><script src="${site.bus("anyone")}/shortbus.js"></script>`);
+    const frame = '<!doctype html><iframe sandbox="allow-scripts" src="sandboxed.html"></iframe>';
+    const page = await visit(t, browser, site.serve("sandbox.html", frame));
+    const isSandbox = (frame) => frame.url().endsWith("sandboxed.html");
+    const sandbox = await until("the frame", () => page.frames().find(isSandbox));
+    await until("its script", () => sandbox.evaluate(() => !!window.MessageBus));
+    await joined(sandbox, { identity: "tab" });
+    const throws = await sandbox.evaluate(() => {
+      try {
+        return !sessionStorage;
+      } catch {
+        return true;
+      }
+    });
+    assert(throws);
+    assert(await send(sandbox, "from a sandbox"));
+  });
+}
+
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: another request that is kept alive takes nothing from what is sent`, async (t) => {
+    const treat = (pass, { body }) => (body.startsWith('"hog') ? never : pass());
+    const [page, proxy] = await through(t, `hog-${name}`, treat, site, 1, browser);
+    await until("the join", () => page.evaluate(() => bus.connected));
+    await page.evaluate(() => {
+      const body = `"hog${"x".repeat(63_000)}"`;
+      fetch("/bus?user=1", { method: "POST", body, keepalive: true }).catch(() => {});
+    });
+    await until("the hog", () => proxy.requests.some(({ body }) => body.startsWith('"hog')));
+    for (const n of [1, 2, 3]) assert(await page.evaluate((n) => bus.send(n + "x".repeat(3_000)), n));
+    const sent = proxy.requests.filter(({ method, body }) => method === "POST" && !body.startsWith('"hog'));
+    assert.deepEqual(sent.map(({ body }) => body[1]), ["1", "2", "3"]);
+    assert(sent.every(({ headers }) => headers["content-type"] === "application/json"));
+  });
+}
+
 /** Visits a page of a proxy's, which starts the client at once. */
 async function through(t, bus, treat, at = site, number = 1, browser = chromium) {
   const proxy = await startProxy(at.bus(bus), (pass, request) => {
@@ -531,11 +666,15 @@ test("a page of an allowed origin uses the bus, headers and all", async (t) => {
   const path = site.serve("allowed.html", `<!doctype html><script src="${site.bus("allowed")}/shortbus.js"></script>`);
   const page = await joined(await visit(t, chromium, path.replace(site.origin, site.otherOrigin)));
   assert.equal(await page.evaluate(() => bus.url), site.bus("allowed"));
+  const asked = [];
+  page.on("request", (request) => asked.push([request.method(), request.headers()["content-type"]]));
   await site.publish(site.bus("allowed"), "across");
   await until("the message", () => count(page));
   // Only Shortbus-Last-Id tells it of what it sent itself.
   const id = await send(page, "back");
   await until("the cursor", () => page.evaluate((id) => bus.lastId >= id, id));
+  // Without a preflight.
+  assert.deepEqual(asked.filter(([method]) => method !== "GET"), [["POST", "text/plain;charset=UTF-8"]]);
   // Signed too, by the server's clock.
   await page.evaluate((url) => {
     const now = Date.now;
@@ -547,17 +686,42 @@ test("a page of an allowed origin uses the bus, headers and all", async (t) => {
   assert.equal(await page.evaluate(module, `${site.bus("allowed")}/shortbus.mjs`), site.bus("allowed"));
 });
 
-test("a page of another origin can neither hear nor send", async (t) => {
-  const bus = site.bus("denied");
-  const { id } = (await site.ask(bus)).json;
-  const path = site.serve("denied.html", `<!doctype html><script src="${bus}/shortbus.js"></script>`);
-  const page = await start(await visit(t, chromium, path.replace(site.origin, site.otherOrigin)), { deadline: 500 });
-  await until("errors", async () => (await count(page, "error")) > 1);
-  assert.equal(await page.evaluate(() => bus.send("forged").catch((error) => error.code)), "network");
-  // It has not even joined; so without it.
-  await page.evaluate(() => fetch(`${bus.url}?user=1`, { method: "POST", body: '"forged"', mode: "no-cors" }));
-  assert.deepEqual([await log(page, "open"), await log(page)], [[], []]);
-  assert.deepEqual((await site.ask(`${bus}?id=${id}`)).json, []);
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: a page of another origin can neither hear nor send, and is told which setting lets it`, async (t) => {
+    const bus = site.bus("denied");
+    const { id } = (await site.ask(bus)).json;
+    const path = site.serve("denied.html", `<!doctype html><script src="${bus}/shortbus.js"></script>`);
+    const page = await start(await visit(t, browser, path.replace(site.origin, site.otherOrigin)), { deadline: 500 });
+    await until("errors", async () => (await count(page, "error")) > 1);
+    const refused = await page.evaluate(() => bus.send("forged").catch(({ code, message }) => [code, message]));
+    assert.equal(refused[0], "network");
+    assert.match(refused[1], new RegExp(`add ${site.otherOrigin} to .*SHORTBUS_ALLOW_ORIGIN`));
+    // It has not even joined; so without it.
+    await page.evaluate(() => fetch(`${bus.url}?user=1`, { method: "POST", body: '"forged"', mode: "no-cors" }));
+    assert.deepEqual([await log(page, "open"), await log(page)], [[], []]);
+    assert.deepEqual((await site.ask(`${bus}?id=${id}`)).json, []);
+  });
+}
+
+test("a page is told that its bus is on plain http, or is redirected to another origin", async (t) => {
+  const script = await (await fetch(`${site.bus("chat")}/shortbus.js`)).text();
+  const failure = (page, url) =>
+    page.evaluate((url) => {
+      const bus = new MessageBus(url);
+      return new Promise((resolve) => (bus.onerror = ({ error }) => resolve(error.message)));
+    }, url);
+  const secure = await visit(t, chromium, "about:blank");
+  await secure.setRequestInterception(true);
+  secure.on("request", (request) => {
+    const body = `<!doctype html><script>${script}</script>`;
+    if (request.url().startsWith("https:")) return request.respond({ contentType: "text/html", body });
+    return request.continue();
+  });
+  await secure.goto("https://secure.test/");
+  assert.match(await failure(secure, `http://${INSECURE}/cgi-bin/chat`), /https.*no bus by http.*https address/);
+  const elsewhere = { status: 302, headers: { Location: site.bus("denied") } };
+  const [moved] = await through(t, "moved", (pass, { url }) => (url.startsWith("/bus/") ? pass() : elsewhere));
+  assert.match(await failure(moved), /redirected to another origin/);
 });
 
 test("what was written for the first shortbus works", async (t) => {

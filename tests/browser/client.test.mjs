@@ -104,6 +104,14 @@ test("a bus is joined, and says who and where it is", async (t) => {
   for (const option of ["interval", "deadline"]) {
     for (const value of [-1, NaN, "soon"]) assert.throws(() => new MessageBus(url, { [option]: value }), RangeError);
   }
+  for (const option of ["user", "after"]) {
+    for (const value of [-1, 0.5, "7", 2 ** 53]) {
+      assert.throws(() => new MessageBus(url, { [option]: value }), RangeError);
+    }
+  }
+  assert.throws(() => new MessageBus(url, { identity: "session" }), RangeError);
+  assert.throws(() => new MessageBus(url, { identity: "tab", user: 7 }), TypeError);
+  assert.throws(() => new MessageBus(url, { headers: { "no header": "" } }), TypeError);
 });
 
 test("two clients talk, each with an id for what it sends, and no echo", async (t) => {
@@ -306,6 +314,69 @@ test("a bus closed by its listener says nothing more", async (t) => {
   hold.open();
   await until("close", () => bus.events.close.length);
   assert.deepEqual([bus.heard(), bus.events.error], [[1], []]);
+});
+
+test("a user that is given is this user from the start, but not on a signed bus", async (t) => {
+  const url = site.bus("given");
+  const bob = await joined(t, url);
+  const ann = open(t, url, { interval: 20, user: 7 });
+  assert.equal(ann.user, 7);
+  await ann.send("as seven");
+  await until("the message", () => bob.heard().length);
+  assert.deepEqual([bob.events.message[0].user, ann.user], [7, 7]);
+  const refused = open(t, site.bus("signed"), { interval: 20, user: 7 });
+  await assert.rejects(refused.send("as seven"), said("signed_bus", 0));
+  assert.match(refused.events.error[0].error.message, /signed.*'user'/);
+  assert.equal(refused.events.open.length, 0);
+});
+
+test("without a storage an identity is as none", async (t) => {
+  const bus = await joined(t, site.bus("unkept"), { interval: 20, identity: "tab" });
+  assert(await bus.send("as anyone"));
+});
+
+test("a client begins with what lives, or behind an id", async (t) => {
+  for (const at of [site, live]) {
+    const url = at.bus("latecomer");
+    const ids = [];
+    for (const n of numbers(0, 150)) ids.push(await at.publish(url, n));
+    const all = open(t, url, { after: 0, interval: 20 });
+    const rest = open(t, url, { after: ids[99], interval: 20 });
+    assert.deepEqual([all.lastId, rest.lastId], [0, ids[99]]);
+    const none = await joined(t, url, { interval: 20 });
+    await until("what lives", () => all.heard().length >= 150 && rest.heard().length >= 50);
+    ids.push(await at.publish(url, 150));
+    await until("the last", () => none.heard().length && all.heard().length > 150 && rest.heard().length > 50);
+    assert.deepEqual([all.heard(), rest.heard(), none.heard()], [numbers(0, 151), numbers(100, 151), [150]]);
+    assert.deepEqual([all.events.missed, rest.events.missed, all.lastId], [[], [], ids[150]]);
+  }
+});
+
+test("whoever begins with what lives does so without a pause, and is told of a later loss", async (t) => {
+  const url = site.bus("loss");
+  await site.publish(url, 1);
+  const bus = open(t, url, { ...NEVER, after: 0 });
+  await until("the message", () => bus.heard().length);
+  await site.restartMemcached();
+  await site.publish(url, 2);
+  const before = open(t, url, { interval: 20, after: bus.lastId });
+  await until("the rest", () => before.heard().length);
+  assert.deepEqual([before.heard(), before.events.missed.length], [[2], 1]);
+});
+
+test("with echo two clients that write at once see one order, their own messages in it", async (t) => {
+  for (const at of [site, live]) {
+    const url = at.bus("order");
+    const options = { interval: 20, echo: true };
+    const [ann, bob] = await Promise.all([joined(t, url, options), joined(t, url, options)]);
+    const sent = numbers(0, 20).flatMap((n) => [ann.send(`a${n}`), bob.send(`b${n}`)]);
+    const given = await Promise.all(sent);
+    await until("all", () => ann.heard().length >= 40 && bob.heard().length >= 40);
+    assert.deepEqual(ann.heard(), bob.heard());
+    const told = (bus) => bus.events.message.map(({ user, lastEventId }) => [user, Number(lastEventId)]);
+    const expected = given.map((id, n) => [n % 2 ? bob.user : ann.user, id]).sort(([, a], [, b]) => a - b);
+    assert.deepEqual([told(ann), told(bob)], [expected, expected]);
+  }
 });
 
 test("what JSON would ruin without a word is refused, and says what to send", async (t) => {
@@ -775,7 +846,7 @@ test("what does not pass is refused at once", async (t) => {
   let reply;
   const [bus, proxy] = await sender(t, site.bus("final"), () => reply);
   const final = [
-    [400, "not_json"], [401, "http"], [403, "foreign_origin"], [403, "signature_malformed"], [404, "unknown_path"],
+    [400, "not_json"], [403, "foreign_origin"], [403, "signature_malformed"], [404, "unknown_path"],
     [409, "once_differs"], [409, "once_expired"], [413, "too_large"], [500, "bad_setting"],
   ];
   for (const [status, code] of final) {
@@ -914,6 +985,100 @@ test("a signal ends a send's pause, a join, and what would be tried again", asyn
     await sleep(1_000);
     assert.deepEqual([proxy.requests.length, bus.events.close.length], [left, 1]);
   }
+});
+
+const page = (status, headers) => ({ status, headers: { "Content-Type": "text/html", ...headers }, body: "<h1>No." });
+
+test("what the bus does not say itself is tried again: other programs' refusals", async (t) => {
+  hurry(t, 20);
+  t.mock.method(Math, "random", () => 0.2);
+  const refusals = [403, 403, 404, 405, 409, 413, 414, 418].map((status) => page(status));
+  const gateway = (body) => ({ status: 403, headers: json, body: JSON.stringify(body) });
+  refusals.push(gateway({ message: "Forbidden" }), gateway({ status: 403, error: "Forbidden", message: "No." }));
+  refusals.push({ status: 400, body: '{"error":' }, gateway(null), gateway({ error: "denied" }));
+  const [bus, proxy] = await sender(t, site.bus("strangers"), (pass) => refusals.shift() ?? pass());
+  assert(await bus.send("after all"));
+  assert.deepEqual([bus.events.error, new Set(posts(proxy).map(once)).size, posts(proxy).length], [[], 1, 14]);
+});
+
+test("a refusal that does not pass is told after the deadline, with what to do about it", async (t) => {
+  for (const [status, sentence] of [
+    [401, /log in.*'headers'/], [403, /answered 403 .*access rules.*error log/], [404, /no bus at this URL/],
+    [405, /no bus at this URL/], [413, /client_max_body_size/], [500, /error log.*mode/], [502, /may be down/],
+  ]) {
+    const [bus] = await sender(t, site.bus("strangers"), () => page(status), { interval: 20, deadline: 1_000 });
+    const refused = await bus.send("x").then(assert.fail, (error) => error);
+    said("http", status)(refused);
+    assert.match(refused.message, sentence);
+  }
+});
+
+test("what answers in a bus's place is named", async (t) => {
+  for (const [reply, sentence] of [
+    [page(200), /web page, such as a login's/],
+    [{ body: "\x7fELF\x02\x01" }, /CGI has to be enabled/],
+    [{ headers: json, body: '{"hello":"world"}' }, /not what a bus says/],
+    [page(404), /no bus at this URL/],
+  ]) {
+    const proxy = await proxied(t, site.bus("named"), () => reply);
+    const bus = open(t, proxy.url);
+    await until("an error", () => bus.events.error.length);
+    assert.match(bus.events.error[0].error.message, sentence);
+  }
+});
+
+test("a redirect of the bus is followed once, by the join, and then by no request", async (t) => {
+  for (const name of ["redirected", "signed"]) {
+    const url = site.bus(name);
+    const bob = await joined(t, url);
+    const proxy = await proxied(t, url, (pass, { url }) => {
+      if (url.startsWith("/moved")) return pass(url.replace("/moved", "/bus"));
+      return { status: 301, headers: { Location: url.replace("/bus", "/moved") } };
+    });
+    const ann = await joined(t, proxy.url);
+    assert(await ann.send("straight"));
+    await bob.send("and back");
+    await until("the messages", () => bob.heard().length && ann.heard().length);
+    assert.equal(ann.url, proxy.url);
+    assert.deepEqual(proxy.requests.filter(({ url }) => url.startsWith("/bus")).map(({ method }) => method), ["GET"]);
+  }
+});
+
+test("a redirect that adds a slash, or comes later, is no end", async (t) => {
+  const url = site.bus("redirected");
+  const bob = await joined(t, url);
+  const slash = (pass, { url }) => {
+    if (url.startsWith("/bus/")) return pass();
+    return { status: 301, headers: { Location: url.replace("/bus", "/bus/") } };
+  };
+  const proxy = await proxied(t, url, slash);
+  const ann = await joined(t, proxy.url);
+  assert(await ann.send(1));
+  const later = await proxied(t, url);
+  const eve = await joined(t, later.url);
+  const { user } = eve;
+  later.treat = slash;
+  assert(await eve.send(2));
+  await until("both", () => bob.heard().length === 2);
+  assert.deepEqual([bob.heard(), eve.user, eve.events.rejoin], [[1, 2], user, []]);
+  assert.deepEqual([ann.events.error, ann.events.messageerror, eve.events.error], [[], [], []]);
+});
+
+test("headers that are given go with every request, a password in the URL with none", async (t) => {
+  const url = live.bus("headers");
+  const proxy = await proxied(t, url, (pass, request) => (isStream(request) ? pass.on() : pass()));
+  const headers = new Headers({ Authorization: "Basic YTpi" });
+  const bus = await hearing(t, "stream", proxy.url.replace("http://", "http://a:b@"), { headers });
+  assert.equal(bus.url, proxy.url);
+  await bus.send(1);
+  headers.set("Authorization", "Basic Yzpk");
+  await bus.send(2);
+  const sent = proxy.requests.map(({ method, headers }) => [method, headers.authorization, headers["content-type"]]);
+  const type = "application/json";
+  assert.deepEqual(sent.sort(), [
+    ["GET", "Basic YTpi", undefined], ["GET", "Basic YTpi", undefined],
+    ["POST", "Basic YTpi", type], ["POST", "Basic Yzpk", type],
+  ]);
 });
 
 test("without crypto, as in Node 18, a name is random all the same", async (t) => {
@@ -1236,6 +1401,36 @@ test("a bus becomes signed, and open again, with clients on it", async (t) => {
   users.push(ann.user);
   assert.deepEqual(bob.events.message.map(({ user }) => user), [users[0], users[1], users[1], users[1]]);
   assert.deepEqual([users[0] === users[1], users[1] === users[2], ann.events.rejoin.length], [false, true, 1]);
+});
+
+test("a signed bus whose 403 is hidden by an error page is joined anew when it lost its key", async (t) => {
+  const url = site.bus("signed");
+  const [ann, proxy] = await sender(t, url, async (pass) => {
+    const reply = await pass();
+    return reply?.status === 403 ? page(403) : reply;
+  });
+  const former = ann.user;
+  await ann.send("before");
+  await site.restartMemcached();
+  assert(await ann.send("after"));
+  assert.deepEqual([ann.events.rejoin.length, ann.user === former], [1, false]);
+  assert.equal(posts(proxy).length, 4); // two refusals, with a join in between
+});
+
+test("on a signed bus a limit's 403 makes nobody another user", async (t) => {
+  let left = 0;
+  const proxy = await proxied(t, site.bus("signed"), (pass) => (left && left-- ? page(403) : pass()));
+  const bus = await joined(t, proxy.url, NEVER);
+  const { user } = bus;
+  left = 5; // sends and joins
+  assert(await bus.send("x"));
+  assert.deepEqual([bus.user, bus.events.rejoin, bus.events.error], [user, [], []]);
+  // Nor does a firewall more than once, which never lets this message through.
+  proxy.treat = (pass, request) => (request.body.includes("DROP TABLE") ? page(403) : pass());
+  const impatient = await joined(t, proxy.url, { ...NEVER, deadline: 5_000 });
+  hurry(t, 20);
+  await assert.rejects(impatient.send("DROP TABLE"), said("http", 403));
+  assert.equal(impatient.events.rejoin.length, 1);
 });
 
 test("a signature that is wrong for a new secret too is an error", async (t) => {

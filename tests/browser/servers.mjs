@@ -335,8 +335,8 @@ export async function startSite(settings = () => ({})) {
 export async function startProxy(bus, treat = (pass) => pass()) {
   const proxy = { treat, requests: [], polling: 0, mostPolling: 0 };
   const server = createServer(async (request, response) => {
-    const { method, url } = request;
-    const asked = { method, url, at: performance.now(), body: "", isCut: () => response.destroyed };
+    const { method, url, headers } = request;
+    const asked = { method, url, headers, at: performance.now(), body: "", isCut: () => response.destroyed };
     proxy.requests.push(asked);
     response.sendDate = false; // the bus's, if any
     if (method === "GET") {

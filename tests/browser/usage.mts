@@ -32,6 +32,8 @@ new MessageBus();
 new MessageBus({});
 new MessageBus(options);
 new MessageBus(new URL("https://example.com/cgi-bin/chat"));
+new MessageBus({ identity: "tab", after: 0, echo: true, headers: { Authorization: "Basic YTpi" } });
+new MessageBus({ user: 7, headers: new Headers() });
 new MessageBus(function (given) {
   same<typeof given, MessageBus<any>>(true);
   same<typeof this, MessageBus<any>>(true);
@@ -43,6 +45,10 @@ new MessageBus(1);
 new MessageBus("/cgi-bin/chat", { timeout: 1 });
 // @ts-expect-error: milliseconds are a number
 new MessageBus({ interval: "500" });
+// @ts-expect-error: no such place
+new MessageBus({ identity: "server" });
+// @ts-expect-error: a user is a number
+new MessageBus({ user: "7" });
 // @ts-expect-error: its signal is what aborts, not the controller
 new MessageBus({ signal: new AbortController() });
 // @ts-expect-error: it is a class
@@ -57,7 +63,6 @@ same<typeof bus.lastId, number | undefined>(true);
 same<typeof bus.connected, boolean>(true);
 same<typeof bus.transport, "stream" | "long-poll" | "poll" | "tab" | undefined>(true);
 same<typeof bus.bufferedAmount, number>(true);
-same<typeof bus.bufferedAmountLowThreshold, number>(true);
 bus.bufferedAmountLowThreshold = 10_000;
 // @ts-expect-error: undefined until the bus is joined
 bus.user.toFixed();
@@ -167,7 +172,9 @@ for await (const event of bus) same<typeof event, BusMessageEvent<Move>>(true);
 const target: EventTarget = bus;
 target.dispatchEvent(new Event("custom"));
 
-type EventName = "open" | "message" | "messageerror" | "missed" | "rejoin" | "error" | "bufferedamountlow" | "close";
+type Known = "open" | "message" | "messageerror" | "missed" | "rejoin" | "error";
+type EventName = Known | "bufferedamountlow" | "close";
 same<keyof MessageBusEventMap, EventName>(true);
 same<MessageBusEventMap<Move>["message"], BusMessageEvent<Move>>(true);
-same<keyof MessageBusOptions, "interval" | "deadline" | "signal">(true);
+type OptionName = "interval" | "deadline" | "signal" | "identity" | "user" | "after" | "echo" | "headers";
+same<keyof MessageBusOptions, OptionName>(true);

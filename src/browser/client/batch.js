@@ -72,6 +72,16 @@ class Batch {
 
   async #post(timeout) {
     const keepalive = this.bytes <= keepaliveRoom();
+    try {
+      return await this.#request(timeout, keepalive);
+    } catch (error) {
+      // The page may have other requests that are kept alive: then browsers refuse ours at once.
+      if (!keepalive || error.cause?.name !== "TypeError" || !globalThis.location) throw error;
+      return this.#request(timeout, false);
+    }
+  }
+
+  async #request(timeout, keepalive) {
     if (keepalive) keptAlive += this.bytes;
     try {
       const isValid = (published) => this.#ids(published).every(isId);

@@ -1,4 +1,6 @@
-const EVENTS = ["open", "message", "messageerror", "missed", "rejoin", "error", "bufferedamountlow", "close"];
+const EVENTS = [
+  "open", "message", "messageerror", "missed", "rejoin", "error", "bufferedamountlow", "close",
+];
 
 /** The URL of a bus, as far as its name. Without one it is the bus that this script was loaded from. */
 function busUrl(given) {
@@ -6,7 +8,22 @@ function busUrl(given) {
   if (typeof url !== "string") url = HERE && new URL(".", HERE);
   if (!url) throw new TypeError("MessageBus needs the URL of a bus: this script was not loaded from one");
   const base = globalThis.document?.baseURI ?? globalThis.location?.href;
-  return new URL(url, base).href.replace(/[?#].*/, "").replace(/\/+$/, "");
+  // fetch takes no URL with a password, and shows it to nobody.
+  const { href } = Object.assign(new URL(url, base), { username: "", password: "", search: "", hash: "" });
+  return href.replace(/\/+$/, "");
+}
+
+/** Throws where an option cannot be meant. */
+function checkOptions({ interval = 0, deadline = 0, user, after, identity, headers }) {
+  for (const [name, value] of Object.entries({ interval, deadline })) {
+    if (!(value >= 0)) throw new RangeError(`${name} has to be a number of milliseconds`);
+  }
+  for (const [name, value] of Object.entries({ user, after })) {
+    if (value !== undefined && !isId(value)) throw new RangeError(`${name} has to be a whole number from 0 to 2^53-1`);
+  }
+  if (identity !== undefined && !STORAGES[identity]) throw new RangeError('identity has to be "tab" or "browser"');
+  if (identity && user !== undefined) throw new TypeError("take one of the options identity and user, not both");
+  new Headers(headers); // throws where there can be none like these
 }
 
 /** A bus, in the shape of BroadcastChannel; shortbus.d.ts tells what each member does. */
@@ -22,10 +39,9 @@ class MessageBus extends EventTarget {
     super();
     const ready = [url, options].find((argument) => typeof argument === "function");
     const isOptions = (argument) => argument && typeof argument === "object" && !argument.href;
-    const { interval = 500, deadline = 30_000, signal } = [options, url].find(isOptions) ?? {};
-    for (const [name, value] of Object.entries({ interval, deadline })) {
-      if (!(value >= 0)) throw new RangeError(`${name} has to be a number of milliseconds`);
-    }
+    const given = [options, url].find(isOptions) ?? {};
+    checkOptions(given);
+    const { interval = 500, deadline = 30_000, signal } = given;
 
     const fire = (event, properties) => this.dispatchEvent(Object.assign(event, properties));
     const wake = () => {
@@ -36,9 +52,9 @@ class MessageBus extends EventTarget {
       this.#receiver.onJoin(id);
       this.#outbox.onJoin();
     };
-    this.#session = new Session(busUrl(url), fire, wake, onJoin);
+    this.#session = new Session(busUrl(url), given, fire, wake, onJoin);
     this.#outbox = new Outbox(this.#session, deadline, fire);
-    this.#receiver = new Receiver(this.#session, interval, fire, wake);
+    this.#receiver = new Receiver(this.#session, { ...given, interval }, fire, wake);
     if (ready) this.addEventListener("open", () => ready.call(this, this), { once: true });
     for (const type of EVENTS) this.#addHandler(type);
     this.#listen(signal);

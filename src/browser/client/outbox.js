@@ -1,6 +1,8 @@
 const MIN_TIMEOUT = 1_000; // milliseconds that a message and a try get, however short or late the deadline is
 const BATCH_BYTES = KEEPALIVE_BYTES / 2; // of a batch: as much can wait behind it, and outlive the page too
 
+const [NONE, RAISED, SETTLED] = [0, 1, 2]; // doubts
+
 /**
  * Sends messages in order, by one request at a time: what is given meanwhile leaves together in the next one. Each
  * message is tried until it is delivered, refused or late.
@@ -19,6 +21,7 @@ class Outbox {
   #failures = 0;
   #error; // of the latest try or join
   #hasRejoined = false; // right before this try
+  #doubts = NONE; // whether the web server's own 403 hides that a signed bus no longer knows us
   #leaving = false; // the page is being left: there may be no later
   #holding = false; // it may give more to be sent at this moment
 
@@ -118,6 +121,7 @@ class Outbox {
         this.#failures = 0;
         this.#error = undefined;
         this.#hasRejoined = false;
+        this.#doubts = NONE;
       } catch (error) {
         await this.#onFailure(error);
       }
@@ -208,8 +212,10 @@ class Outbox {
   /** Decides what a failure ends, and waits until the rest may be tried again. */
   async #onFailure(error) {
     const isStranger = ["signature_wrong", "signature_missing"].includes(error.code);
-    this.#hasRejoined = isStranger && !this.#hasRejoined;
-    if (this.#hasRejoined) return this.#session.dropCredentials();
+    const isMoved = error.code === "redirected";
+    this.#hasRejoined = (isStranger && this.#session.isKept) || ((isStranger || isMoved) && !this.#hasRejoined);
+    if (this.#hasRejoined) return this.#session.leave(isStranger);
+    if (await this.#isForgotten(error)) return this.#session.leave(true);
     const [batch] = this.#batches;
     if (batch?.messages.length > 1 && batch.messages[error.element]) return this.#refuse(batch, error);
     const messages = batch?.messages ?? this.#queue; // none was tried: they wait for the join
@@ -226,6 +232,21 @@ class Outbox {
     }
     const pause = Math.min(this.#remaining(next), backOff(this.#failures++, 500));
     await this.#pause.wait(Math.max(retryAfter, pause));
+  }
+
+  /**
+   * Whether a signed bus no longer knows us, and something in front of it put its own page in the place of that 403: we
+   * may join, and then we are refused again. A firewall or a limit would let us through as whom we are.
+   */
+  async #isForgotten({ code, status }) {
+    if (code !== "http" || status !== 403 || !this.#session.credentials?.secret) return false;
+    if (this.#doubts === RAISED) {
+      this.#doubts = SETTLED; // as another user we may be refused too
+      return true;
+    }
+    const mayJoin = () => this.#session.askToJoin().then(() => true, () => false);
+    if (this.#doubts === NONE && (await mayJoin())) this.#doubts = RAISED;
+    return false;
   }
 
   /** Fails the message that the bus refuses. Nothing of its batch was published: the others go on in another one. */
@@ -256,6 +277,7 @@ class Outbox {
 
   #fail(messages, error) {
     const failed = messages.filter(({ done }) => !done);
+    if (failed.length) this.#doubts = NONE;
     this.#end(failed, ({ reject }) => reject(error));
     for (const _ of failed) this.#fire(new Event("error"), { error });
   }

@@ -12,6 +12,7 @@ class Receiver {
   transport;
   #session;
   #interval;
+  #echo; // our own messages are delivered too
   #fire;
   #wake;
   #tabs;
@@ -28,9 +29,11 @@ class Receiver {
   #pause = new Pause();
   #leaving = false;
 
-  constructor(session, interval, fire, wake) {
+  constructor(session, { interval, after, echo }, fire, wake) {
     this.#session = session;
     this.#interval = interval;
+    this.lastId = after;
+    this.#echo = echo;
     this.#fire = fire;
     this.#wake = wake;
     this.#tabs = new TabLeader(session.url, {
@@ -89,7 +92,7 @@ class Receiver {
   onPageHide() {
     this.#leaving = true;
     this.#tabs.releaseLeadership();
-    if (this.lastId !== undefined) this.#pollNow();
+    if (this.#session.offer) this.#pollNow();
   }
 
   onPageShow() {
@@ -120,9 +123,10 @@ class Receiver {
 
   /** Makes one step, and returns the pause until the next one. */
   async #joinOrReceive() {
-    if (this.lastId !== undefined) return this.#leaving ? Infinity : this.#receive();
+    if (this.#session.offer) return this.#leaving ? Infinity : this.#receive();
+    const isBehind = this.lastId !== undefined;
     await this.#session.join(this.#abort);
-    return this.#session.offer.wait ? 0 : this.#interval;
+    return this.#session.offer.wait || isBehind ? 0 : this.#interval;
   }
 
   async #receive() {
@@ -175,7 +179,7 @@ class Receiver {
 
   /** Leaves our own messages out, but not for a leader: other tabs want them. */
   #userFilter() {
-    return this.#tabs.isLeader ? "" : `user=${this.#session.user}&`;
+    return this.#tabs.isLeader || this.#echo ? "" : `user=${this.#session.user}&`;
   }
 
   /** Polls once, and returns whether there may be more at once. */
@@ -241,7 +245,8 @@ class Receiver {
     if (wasLeader) this.#tabs.relay({ from: this.lastId, ...page });
     this.#session.setConnected(true);
     const { messages, missed, last } = page;
-    if (missed) this.#fire(new Event("missed"));
+    // Who begins with what lives has missed nothing.
+    if (missed && this.lastId) this.#fire(new Event("missed"));
     // A lost counter may give lower ids than before. Without a loss, a lower id is an old reply from some cache.
     const passed = missed ? -1 : this.lastId;
     for (const message of messages) {
@@ -255,7 +260,7 @@ class Receiver {
 
   #deliverMessage({ id, user, data }) {
     this.lastId = id;
-    if (this.#session.isOwn(user)) return; // sent as a former user
+    if (this.#session.isOwn(user) && !this.#echo) return;
     const { origin } = new URL(this.#session.url);
     this.#fire(new MessageEvent("message", { data, lastEventId: String(id), origin }), { user });
   }

@@ -1,27 +1,43 @@
 const LONG_POLL_SECONDS = 25; // many a proxy cuts a request after 30
-const isId = Number.isSafeInteger;
+const LOGIN_TIMEOUT = 300_000; // milliseconds that a user gets to fill in a login box
+const LOGIN_PAUSE = 300; // seconds until the next box, where that one was cancelled
+const isId = (id) => Number.isSafeInteger(id) && id >= 0;
 const utf8 = (text) => new TextEncoder().encode(text);
 
 /** Joins the bus, and makes all requests to it. Knows who we are, whether the bus answers, and its clock. */
 class Session {
   url;
-  user; // undefined until the bus is joined
+  user; // undefined until the bus is joined, unless it is given or kept
   offer; // by the latest join: whether there are streams, for how many seconds a poll may wait, messages of a batch
   credentials; // by the latest join: on a signed bus its name and the secret
+  isKept = false; // the user is not the latest join's
   connected = false; // the latest poll was answered
   closed = false;
+  #target; // the URL that requests go to: where a redirect led the latest join
+  #headers;
+  #isGiven; // the user is
+  #identity;
+  #secret; // ours, on a signed bus
+  #refused = new Set(); // secrets that the bus no longer knows
   #users = new Set(); // this one and all former ones
   #joining; // the join under way
+  #loginCancelled; // the error, and until when no other login box is to come
   #clockOffset = 0; // milliseconds that the server's clock is ahead of ours
   #fire;
   #wake;
   #onJoin;
 
-  constructor(url, fire, wake, onJoin) {
-    this.url = url;
+  constructor(url, { user, identity, headers }, fire, wake, onJoin) {
+    this.url = this.#target = url;
+    this.#isGiven = user !== undefined;
+    this.#identity = new Identity(url, identity);
+    const kept = this.#identity.kept;
+    this.#secret = kept?.secret;
+    this.#headers = headers;
     this.#fire = fire;
     this.#wake = wake;
     this.#onJoin = onJoin;
+    if (this.#isGiven || kept) this.#setUser(user ?? kept.user);
   }
 
   close() {
@@ -47,23 +63,66 @@ class Session {
   }
 
   async #requestJoin(abort) {
-    const isValid = (join) => isId(join?.user) && isId(join?.id);
-    const { json } = await this.request("", { isValid, timeout: REQUEST_TIMEOUT, abort });
-    const { user, id, bus, secret, wait, stream, batch } = json;
+    const [joined] = await Promise.all([this.askToJoin(abort), this.#claim()]);
+    const { id, bus, wait, stream, batch } = joined;
+    if (joined.secret && this.#isGiven) {
+      throw new BusError("signed_bus", "This bus is signed and gives out the users: it takes none by the option 'user'.");
+    }
+    const chosen = this.#choose(joined);
+    const [user, secret] = [chosen.user, joined.secret && chosen.secret];
     const hmac = { name: "HMAC", hash: "SHA-256" };
     const key = secret && (await globalThis.crypto?.subtle?.importKey("raw", utf8(secret), hmac, false, ["sign"]));
-    const again = this.offer;
+    const isRejoin = this.offer && this.user !== user;
     this.offer = { wait: Math.min(wait, LONG_POLL_SECONDS) || 0, stream, batch: isId(batch) ? batch : 1 };
     this.credentials = { bus, secret, key };
-    // An open bus lets us stay who we are.
-    if (secret || this.user === undefined) this.#setUser(user);
+    this.isKept = chosen !== joined;
+    this.#secret = secret;
+    this.#setUser(user);
+    this.#identity.kept = { user, secret };
+    this.#identity.claim(user);
     this.#onJoin(id);
-    if (again && this.user === user && !this.closed) this.#fire(new Event("rejoin"), { user });
+    if (isRejoin && !this.closed) this.#fire(new Event("rejoin"), { user });
     this.setConnected(true);
   }
 
-  /** Makes the next try of a message join again: the bus has lost its key, or is signed from now on. */
-  dropCredentials() {
+  /** Asks for a join, and takes what it gives for nothing yet. */
+  async askToJoin(abort) {
+    const isValid = (joined) => isId(joined?.user) && isId(joined?.id);
+    const ask = async (query) => (await this.request(query, { isValid, timeout: REQUEST_TIMEOUT, abort })).json;
+    this.#target = this.url;
+    try {
+      return await ask("");
+    } catch (error) {
+      // Some redirects add a slash, behind which the bus has its page: a query tells that we mean the bus.
+      const { redirectedTo } = error;
+      const isSlash = redirectedTo && new URL(redirectedTo).pathname === `${new URL(this.url).pathname}/`;
+      if (!isSlash) throw error;
+      this.#target = redirectedTo;
+      return ask("?stream=0");
+    }
+  }
+
+  /** Forgets who we are, if another tab is that. */
+  async #claim() {
+    const { user } = this;
+    if (user === undefined || this.offer || (await this.#identity.claim(user))) return;
+    this.#users.delete(user);
+    this.user = this.#secret = undefined;
+    this.#identity.forget();
+  }
+
+  /** Decides who we are: who we were, if the bus lets us. A signed bus lets none without a secret of its own. */
+  #choose(joined) {
+    const { kept } = this.#identity; // another tab may have joined before us
+    const { secret } = joined;
+    const mine = { user: this.user, secret: this.#secret };
+    const isKnown = ({ user, secret: own }) => user !== undefined && (!secret || (own && !this.#refused.has(own)));
+    return [mine, kept ?? {}].find(isKnown) ?? joined;
+  }
+
+  /** Makes the next try of a message join again: as another user, where the bus has lost its key or is signed now. */
+  leave(isStranger) {
+    if (isStranger) this.#refused.add(this.#secret);
     this.credentials = undefined;
   }
 
@@ -87,24 +146,49 @@ class Session {
     return Math.round(Date.now() + this.#clockOffset);
   }
 
-  fetch(query, init) {
-    return fetch(this.url + query, { cache: "no-store", ...init });
+  fetch(query, { method, ...init }) {
+    const headers = new Headers(this.#headers);
+    // Across origins that type would cost a preflight.
+    const isSameOrigin = !globalThis.origin || new URL(this.#target).origin === globalThis.origin;
+    if (method === "POST" && isSameOrigin) headers.set("Content-Type", "application/json");
+    return fetch(this.#target + query, { cache: "no-store", method, headers, ...init });
   }
 
   /** Sends a request, and returns the JSON and the headers of a valid reply. */
   async request(query, { isValid, timeout, abort = new AbortController(), ...init }) {
-    const timer = setTimeout(() => abort.abort(), timeout);
+    if (this.#loginCancelled?.until > Date.now()) throw this.#loginCancelled.error;
+    let isLate = false;
+    const end = () => {
+      isLate = true;
+      abort.abort();
+    };
+    let timer = setTimeout(async () => {
+      // A login box keeps a request waiting; if we ended it, its box would go with it.
+      const isLoginShown = !init.method && (await this.#wantsLogin());
+      if (!isLoginShown) end();
+      else if (timer) timer = setTimeout(end, LOGIN_TIMEOUT);
+    }, timeout);
     let reply;
     let text;
     try {
       reply = await this.fetch(query, { signal: abort.signal, ...init });
       text = await reply.text();
     } catch (cause) {
-      throw new BusError("network", `The bus cannot be reached: ${cause.message}`);
+      const isKnown = isLate || abort.signal.aborted || this.offer;
+      const why = isLate ? "It does not answer." : (!isKnown && (await explainNetwork(this.#target))) || cause.message;
+      throw new BusError("network", `The bus cannot be reached: ${why}`, cause);
     } finally {
       clearTimeout(timer);
+      timer = undefined;
     }
     return { json: this.parse(reply, text, isValid), headers: reply.headers };
+  }
+
+  /** Whether the web server asks this page's user for a password: without any it refuses a request at once. */
+  async #wantsLogin() {
+    if (!globalThis.document) return false;
+    const init = { cache: "no-store", credentials: "omit" };
+    return withTimeout(3_000, fetch(this.#target, init)).then(({ status }) => status === 401, () => false);
   }
 
   /** Returns a valid reply's JSON; any other reply is an error. */
@@ -116,15 +200,22 @@ class Session {
     try {
       json = JSON.parse(text);
     } catch {
-      if (reply.ok) this.#fire(new MessageEvent("messageerror", { data: text }));
+      if (reply.ok && !reply.redirected) this.#fire(new MessageEvent("messageerror", { data: text }));
     }
     const { status, headers } = reply;
     if (!reply.ok) {
-      const error = new BusError(json?.error ?? "http", json?.message ?? `The web server answered ${status}.`);
-      const retryAfter = Number(headers.get("Retry-After")) || 0;
+      const [code, message] = isBusError(json) ? [json.error, json.message] : ["http", explainStatus(status)];
+      const error = new BusError(code, message);
+      const hasAsked = status === 401 && globalThis.document && headers.has("WWW-Authenticate");
+      const retryAfter = hasAsked ? LOGIN_PAUSE : Number(headers.get("Retry-After")) || 0;
+      if (hasAsked) this.#loginCancelled = { error, until: Date.now() + LOGIN_PAUSE * 1_000 };
       throw Object.assign(error, { status, retryAfter, element: json?.element });
     }
-    if (!isValid(json)) throw new BusError("not_a_bus", "What answered is no bus: its reply is not what a bus says.");
+    const isRight = isValid(json);
+    // From now on we go there at once: a redirect makes a GET of a POST.
+    const [redirectedTo] = reply.redirected ? reply.url.split(/[?#]/) : [];
+    if (isRight && redirectedTo) this.#target = redirectedTo;
+    if (!isRight) throw Object.assign(new BusError("not_a_bus", explainReply(reply, text)), { redirectedTo });
     return json;
   }
 }

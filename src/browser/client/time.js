@@ -6,6 +6,15 @@ const STREAM_TIMEOUT = 2.5 * HEARTBEAT; // milliseconds of silence after which a
 /** Exponential back-off with full jitter: a thousand pages must not return at the same moment. */
 const backOff = (failures, first) => Math.random() * Math.min(MAX_PAUSE, first * 2 ** failures);
 
+/** What this gives; undefined where a browser has no such thing, or throws: in a sandbox, with cookies blocked. */
+function attempt(get) {
+  try {
+    return get();
+  } catch {
+    return undefined;
+  }
+}
+
 /** Passes a promise on, or rejects if it takes too long. */
 function withTimeout(milliseconds, promise) {
   let timer;
