@@ -46,6 +46,8 @@ macro_rules! client {
             "\n",
             include_str!("client/receiver.js"),
             "\n",
+            include_str!("client/presence.js"),
+            "\n",
             include_str!("client/message_bus.js"),
             $last
         )

@@ -24,6 +24,13 @@ export interface BusRejoinEvent extends Event {
   readonly user: number;
 }
 
+export interface BusPresenceEvent extends Event {
+  /** Who came, left, or says something else of itself now. */
+  readonly user: number;
+  /** What it says of itself; undefined if it left. */
+  readonly data: any;
+}
+
 export interface MessageBusEventMap<T = any> {
   /** Joined, or connected again. */
   open: Event;
@@ -38,6 +45,8 @@ export interface MessageBusEventMap<T = any> {
   error: BusErrorEvent;
   /** What waits to be sent has fallen to `bufferedAmountLowThreshold`, or below. */
   bufferedamountlow: Event;
+  /** One of `others` came, left, or changed; after the first call of `present`. */
+  presence: BusPresenceEvent;
   close: Event;
 }
 
@@ -83,6 +92,8 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   readonly transport: "stream" | "long-poll" | "poll" | "tab" | undefined;
   /** Bytes of the messages, as JSON in UTF-8, that were given to be sent and are neither delivered nor failed. */
   readonly bufferedAmount: number;
+  /** What each other user says of itself by `present`. */
+  readonly others: ReadonlyMap<number, any>;
   /** Bytes; 0 until set. */
   bufferedAmountLowThreshold: number;
 
@@ -93,12 +104,15 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   onrejoin: ((this: this, event: BusRejoinEvent) => void) | null;
   onerror: ((this: this, event: BusErrorEvent) => void) | null;
   onbufferedamountlow: ((this: this, event: Event) => void) | null;
+  onpresence: ((this: this, event: BusPresenceEvent) => void) | null;
   onclose: ((this: this, event: Event) => void) | null;
 
   /** Sends; where that fails for good there is an `error` event. */
   postMessage(data: T): void;
   /** Sends, trying again until the deadline: a promise of the message's id. */
   send(data: T): Promise<number>;
+  /** Says that this user is here, and something of it; without data that it is not, and only sees who is. */
+  present(data?: any): void;
   /** Hears no more. What was given to be sent still leaves. */
   close(): void;
 

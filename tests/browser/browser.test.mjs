@@ -398,6 +398,47 @@ for (const [name, browser] of Object.entries(browsers)) {
   });
 }
 
+/** Whom a page sees, by what they say of themselves. */
+const seen = (page) => page.evaluate(() => [...bus.others.values()].sort());
+
+for (const [name, browser] of Object.entries(browsers)) {
+  for (const [kind, at] of [
+    ["there", site], ["signed-there", site], ["there-live", live], ["signed-there-live", live],
+  ]) {
+    test(`${name}: who leaves is noticed at once, who reloads is none of them, on the bus ${kind}`, async (t) => {
+      const url = html(`${kind}-${name}`, "", "strict", at);
+      const [ann, bob, eve] = await Promise.all([1, 2, 3].map(() => visit(t, browser, url)));
+      const enter = async (page, name, options) => {
+        await start(page, options);
+        await page.evaluate((name) => {
+          window.told = [];
+          bus.onpresence = ({ data = null }) => told.push(data);
+          bus.present(name);
+        }, name);
+      };
+      await enter(ann, "Ann");
+      await enter(bob, "Bob", { identity: "tab" });
+      await enter(eve, "Eve");
+      const sees = (page, ...names) => until(`${names}`, async () => `${await seen(page)}` === `${names}`);
+      await sees(ann, "Bob", "Eve");
+      for (const _ of [1, 2]) {
+        await bob.reload();
+        await enter(bob, "Bob", { identity: "tab" });
+        await sees(bob, "Ann", "Eve");
+      }
+      const since = performance.now();
+      await eve.goto(at.serve("gone.html", "<!doctype html>"));
+      await sees(ann, "Bob");
+      t.diagnostic(`gone after ${Math.round(performance.now() - since)} ms`);
+      // Firefox loses now and then what a page sends while its tab is closed.
+      await (name === "Firefox" ? bob.goto(at.serve("gone.html", "<!doctype html>")) : bob.close());
+      await sees(ann);
+      const told = await ann.evaluate(() => told);
+      assert.deepEqual([...told.slice(0, 2).sort(), ...told.slice(2)], ["Bob", "Eve", null, null]);
+    });
+  }
+}
+
 for (const [name, browser] of Object.entries(browsers)) {
   test(`${name}: another request that is kept alive takes nothing from what is sent`, async (t) => {
     const treat = (pass, { body }) => (body.startsWith('"hog') ? never : pass());
@@ -432,6 +473,40 @@ const isJoin = ({ method, url }) => method === "GET" && url === "/bus";
 const isPoll = ({ method, url }) => method === "GET" && url.includes("id=");
 const isPost = ({ method }) => method === "POST";
 const never = new Promise(() => {});
+
+test("a login box stays until the user has answered, and once cancelled does not come back at once", async (t) => {
+  const box = { status: 401, headers: { "WWW-Authenticate": 'Basic realm="here"' }, body: "" };
+  let isClosed = false;
+  const treat = (pass, { url }) => (isClosed && !url.includes(".js") ? box : pass());
+  const [page, proxy, [, other]] = await through(t, "login", treat, site, 2);
+  await until("the joins", async () => (await page.evaluate(() => bus.connected)) && other.evaluate(() => bus.connected));
+  for (const tab of [page, other]) await tab.evaluate(() => bus.close());
+  isClosed = true;
+  proxy.requests.length = 0;
+  await page.evaluate(() => {
+    const { setTimeout } = window;
+    window.setTimeout = (act, milliseconds) => setTimeout(act, milliseconds / 20);
+    window.errors = [];
+    window.second = new MessageBus();
+    second.onerror = ({ error }) => errors.push(error.status);
+  });
+  await until("the question whether there is a box", () => proxy.requests.length > 1);
+  await sleep(2_000); // forty of the page's seconds
+  assert.deepEqual([proxy.requests.length, await page.evaluate(() => errors)], [2, []]);
+  await other.authenticate({ username: "not", password: "known" }); // after these it cancels
+  await other.evaluate(() => {
+    window.errors = [];
+    window.second = new MessageBus();
+    second.onerror = ({ error }) => errors.push([error.status, error.retryAfter]);
+  });
+  await until("the error", () => other.evaluate(() => errors.length));
+  const before = proxy.requests.length;
+  const refused = await other.evaluate(() => second.send(1).catch(({ status, message }) => [status, message]));
+  assert.equal(refused[0], 401);
+  assert.match(refused[1], /log in/);
+  await sleep(1_000);
+  assert.equal(proxy.requests.length, before);
+});
 
 test("loading a page costs one join, however late that is answered", async (t) => {
   let answer;
@@ -691,7 +766,10 @@ for (const [name, browser] of Object.entries(browsers)) {
     const bus = site.bus("denied");
     const { id } = (await site.ask(bus)).json;
     const path = site.serve("denied.html", `<!doctype html><script src="${bus}/shortbus.js"></script>`);
-    const page = await start(await visit(t, browser, path.replace(site.origin, site.otherOrigin)), { deadline: 500 });
+    // Firefox tells of each refusal as of an error of the page.
+    const check = (problems) => assert(problems.every((problem) => problem.includes("Cross-Origin")), `${problems}`);
+    const page = await visit(t, browser, path.replace(site.origin, site.otherOrigin), check);
+    await start(page, { deadline: 500 });
     await until("errors", async () => (await count(page, "error")) > 1);
     const refused = await page.evaluate(() => bus.send("forged").catch(({ code, message }) => [code, message]));
     assert.equal(refused[0], "network");

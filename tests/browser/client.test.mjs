@@ -38,7 +38,7 @@ function open(t, url, options = { interval: 20 }) {
   const bus = new MessageBus(url, options);
   t.after(() => bus.close());
   const events = { message: [], error: [], missed: [], open: [], messageerror: [], rejoin: [], close: [] };
-  events.bufferedamountlow = [];
+  Object.assign(events, { bufferedamountlow: [], presence: [] });
   for (const [type, list] of Object.entries(events)) bus.addEventListener(type, (event) => list.push(event));
   return Object.assign(bus, { events, heard: () => events.message.map((event) => event.data) });
 }
@@ -1763,4 +1763,84 @@ test("a closed client's stream ends at once", async (t) => {
   await until("its end", () => !proxy.polling);
   await sleep(100);
   assert.deepEqual([bus.heard().length, bus.events.error, proxy.requests.length], [1, [], 2]);
+});
+
+// Who is there.
+
+/** Whom a client sees, and what they say of themselves. */
+const seen = (bus) => Object.fromEntries(bus.others);
+
+for (const [way, at] of [["polls", site], ["a stream", live]]) {
+  test(`by ${way} those who are there see each other, latecomers too, and see who leaves`, async (t) => {
+    const url = at.bus("presence");
+    const [ann, bob] = [open(t, url), open(t, url)];
+    assert.equal(ann.others.size, 0);
+    ann.present({ name: "Ann" });
+    bob.present({ name: "Bob" });
+    await until("both", () => ann.others.size && bob.others.size);
+    assert.deepEqual(seen(ann), { [bob.user]: { name: "Bob" } });
+    for (const n of numbers(0, 150)) await at.publish(url, n);
+    const zoe = await joined(t, url);
+    zoe.present(null);
+    await until("the latecomer", () => zoe.others.size === 2 && ann.others.has(zoe.user) && bob.others.has(zoe.user));
+    assert.deepEqual(seen(zoe), { [ann.user]: { name: "Ann" }, [bob.user]: { name: "Bob" } });
+    assert.equal(ann.others.get(zoe.user), null);
+    bob.present({ name: "Bob", hand: "up" });
+    await until("the change", () => ann.others.get(bob.user).hand && zoe.others.get(bob.user).hand);
+    bob.close();
+    await until("the end", () => ann.others.size === 1 && zoe.others.size === 1);
+    zoe.present();
+    await until("the end", () => !ann.others.size);
+    const told = ann.events.presence.map(({ user, data }) => [user, data]);
+    assert.deepEqual(told, [
+      [bob.user, { name: "Bob" }], [zoe.user, null], [bob.user, { name: "Bob", hand: "up" }],
+      [bob.user, undefined], [zoe.user, undefined],
+    ]);
+    assert.deepEqual(seen(zoe), { [ann.user]: { name: "Ann" } }); // it only watches
+    await until("all", () => ann.heard().length === 150);
+    assert.deepEqual([ann.heard(), ann.events.error, zoe.heard()], [numbers(0, 150), [], []]);
+    assert.throws(() => ann.present(new Map()), { name: "DataCloneError" });
+    assert.throws(() => bob.present(1), { name: "InvalidStateError" });
+  });
+}
+
+test("who is there says so every twenty seconds, and nothing where the page does not ask for it", async (t) => {
+  const proxy = await proxied(t, site.bus("again-and-again"));
+  const quiet = await proxied(t, site.bus("again-and-again"));
+  const [ann, bob] = [await joined(t, proxy.url), await joined(t, quiet.url)];
+  ann.present(1);
+  await until("the first", () => posts(proxy).length === 1);
+  const polls = proxy.requests.length + 5;
+  await until("more polls", () => proxy.requests.length > polls);
+  assert.equal(posts(proxy).length, 1);
+  setClock(t, 20_000);
+  await until("the second", () => posts(proxy).length === 2);
+  await until("both", () => bob.heard().length === 2);
+  assert.deepEqual(bob.heard(), Array(2).fill({ shortbus: "here", data: 1 }));
+  assert.deepEqual([posts(quiet), bob.others.size, bob.events.presence], [[], 0, []]);
+});
+
+test("who falls silent is gone after a while; not while the bus itself does not answer", async (t) => {
+  const url = site.bus("silence");
+  const [far, near] = [await proxied(t, url), await proxied(t, url)];
+  const ann = open(t, far.url);
+  ann.present("Ann");
+  await until("its word", () => posts(far).length);
+  const asked = hurry(t, 50);
+  const bob = open(t, near.url);
+  bob.present();
+  await until("Ann", () => bob.others.size);
+  const ages = () => asked.filter((ms) => ms === 5_000).length;
+  near.treat = far.treat = () => undefined;
+  await until("an error", () => !bob.connected);
+  const before = ages();
+  await until("a minute", () => ages() > before + 25);
+  assert.equal(bob.others.size, 1);
+  near.treat = (pass) => pass();
+  await until("Ann's end", () => !bob.others.size);
+  assert.deepEqual(bob.events.presence.map(({ data }) => data), ["Ann", undefined]);
+  // Back again, both are there.
+  far.treat = (pass) => pass();
+  setClock(t, 20_000);
+  await until("Ann", () => bob.others.size);
 });

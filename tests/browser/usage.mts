@@ -6,6 +6,7 @@ import type {
   BusError,
   BusErrorEvent,
   BusMessageEvent,
+  BusPresenceEvent,
   BusRejoinEvent,
   MessageBusEventMap,
   MessageBusOptions,
@@ -63,6 +64,8 @@ same<typeof bus.lastId, number | undefined>(true);
 same<typeof bus.connected, boolean>(true);
 same<typeof bus.transport, "stream" | "long-poll" | "poll" | "tab" | undefined>(true);
 same<typeof bus.bufferedAmount, number>(true);
+same<typeof bus.others, ReadonlyMap<number, any>>(true);
+same<typeof bus.bufferedAmountLowThreshold, number>(true);
 bus.bufferedAmountLowThreshold = 10_000;
 // @ts-expect-error: undefined until the bus is joined
 bus.user.toFixed();
@@ -82,6 +85,8 @@ bus.connected = true;
 bus.transport = "poll";
 // @ts-expect-error: read-only
 bus.bufferedAmount = 0;
+// @ts-expect-error: read-only
+bus.others.clear();
 // @ts-expect-error: bytes are a number
 bus.bufferedAmountLowThreshold = "10 KB";
 
@@ -91,6 +96,9 @@ same<ReturnType<typeof bus.postMessage>, void>(true);
 bus.postMessage({ from: "e2", to: "e4" });
 const id: number = await bus.send({ from: "e7", to: "e5" });
 same<typeof id, number>(true);
+bus.present({ name: "Ann" });
+same<ReturnType<typeof bus.present>, void>(true);
+bus.present();
 same<ReturnType<typeof bus.close>, void>(true);
 // @ts-expect-error: not a move
 bus.postMessage("e4");
@@ -115,9 +123,10 @@ bus.onmissed = (event) => same<typeof event, Event>(true);
 bus.onrejoin = (event) => same<typeof event, BusRejoinEvent>(true);
 bus.onerror = (event) => same<typeof event, BusErrorEvent>(true);
 bus.onbufferedamountlow = (event) => same<typeof event, Event>(true);
+bus.onpresence = (event) => same<typeof event, BusPresenceEvent>(true);
 bus.onclose = (event) => same<typeof event, Event>(true);
 bus.onopen = bus.onmessage = bus.onmessageerror = bus.onmissed = bus.onrejoin = bus.onerror = bus.onclose = null;
-bus.onbufferedamountlow = null;
+bus.onbufferedamountlow = bus.onpresence = null;
 // @ts-expect-error: a listener is a function
 bus.onmessage = "no function";
 // @ts-expect-error: the event is no move
@@ -172,8 +181,13 @@ for await (const event of bus) same<typeof event, BusMessageEvent<Move>>(true);
 const target: EventTarget = bus;
 target.dispatchEvent(new Event("custom"));
 
+bus.addEventListener("presence", ({ user, data }) => {
+  same<typeof user, number>(true);
+  same<typeof data, any>(true);
+});
+
 type Known = "open" | "message" | "messageerror" | "missed" | "rejoin" | "error";
-type EventName = Known | "bufferedamountlow" | "close";
+type EventName = Known | "bufferedamountlow" | "presence" | "close";
 same<keyof MessageBusEventMap, EventName>(true);
 same<MessageBusEventMap<Move>["message"], BusMessageEvent<Move>>(true);
 type OptionName = "interval" | "deadline" | "signal" | "identity" | "user" | "after" | "echo" | "headers";

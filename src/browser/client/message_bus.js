@@ -1,5 +1,5 @@
 const EVENTS = [
-  "open", "message", "messageerror", "missed", "rejoin", "error", "bufferedamountlow", "close",
+  "open", "message", "messageerror", "missed", "rejoin", "error", "bufferedamountlow", "presence", "close",
 ];
 
 /** The URL of a bus, as far as its name. Without one it is the bus that this script was loaded from. */
@@ -31,6 +31,8 @@ class MessageBus extends EventTarget {
   #session;
   #outbox;
   #receiver;
+  #presence; // once the page has asked for it
+  #fire;
   #callbacks = new Map(); // listeners that get the bare data
   #handlers = {}; // onmessage and its like
   #end = new AbortController(); // of all that we listen to
@@ -44,6 +46,7 @@ class MessageBus extends EventTarget {
     const { interval = 500, deadline = 30_000, signal } = given;
 
     const fire = (event, properties) => this.dispatchEvent(Object.assign(event, properties));
+    this.#fire = fire;
     const wake = () => {
       this.#receiver.wake();
       this.#outbox.wake();
@@ -112,6 +115,22 @@ class MessageBus extends EventTarget {
     return this.#add(data);
   }
 
+  present(data) {
+    if (this.#session.closed) throw new DOMException("the bus is closed", "InvalidStateError");
+    if (!this.#presence) {
+      this.#presence = new Presence(this.#session, this.#outbox, this.#receiver, this.#fire);
+      this.#receiver.presence = this.#presence;
+      super.addEventListener("open", () => this.#presence.tick());
+      super.addEventListener("missed", () => this.#presence.onMissed());
+      super.addEventListener("rejoin", () => this.#presence.onRejoin());
+    }
+    this.#presence.present(data);
+  }
+
+  get others() {
+    return this.#presence?.others ?? new Map();
+  }
+
   #add(data) {
     if (this.#session.closed) throw new DOMException("the bus is closed", "InvalidStateError");
     return this.#outbox.add(data);
@@ -119,6 +138,7 @@ class MessageBus extends EventTarget {
 
   close() {
     if (this.#session.closed) return;
+    this.#presence?.close();
     this.#session.close();
     this.#receiver.close(this.#session.isJoining && !this.#outbox.isEmpty);
     this.#outbox.close().then(() => this.#end.abort());
@@ -205,11 +225,13 @@ class MessageBus extends EventTarget {
   /** Browsers tell a visible page that it is left first, and then that it is hidden. */
   #onPageHide(isHiddenNext) {
     this.#outbox.onPageHide(isHiddenNext);
+    this.#presence?.onPageHide();
     this.#receiver.onPageHide();
   }
 
   #onPageShow() {
     this.#outbox.onPageShow();
     this.#receiver.onPageShow();
+    this.#presence?.onPageShow();
   }
 }

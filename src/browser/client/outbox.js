@@ -35,14 +35,23 @@ class Outbox {
     return !this.#queue.length && !this.#batches.length;
   }
 
-  /** Takes a message: a promise of its id. */
-  add(data) {
+  /** Signs a message ahead that may be the last one of a page: when it is left there is no time for that. */
+  async prepare(data) {
+    const batch = new Batch(this.#session, [{ body: toJson(data) }]);
+    await batch.sign();
+    return batch;
+  }
+
+  /** Takes a message: a promise of its id. `ahead` is it as it was prepared, if it was. */
+  add(data, ahead) {
     // We serialize at once: the caller may change the object later.
     const body = toJson(data);
     const bytes = utf8(body).length;
     return new Promise((resolve, reject) => {
       const addedAt = [Date.now(), performance.now()];
-      this.#queue.push({ body, bytes, addedAt, deadline: this.#deadline, resolve, reject });
+      const message = { body, bytes, addedAt, deadline: this.#deadline, resolve, reject, ahead };
+      if (ahead) ahead.messages = [message];
+      this.#queue.push(message);
       this.bufferedAmount += bytes;
       if (this.#batches.length) this.#signAhead();
       if (!this.#leaving) this.#drain();

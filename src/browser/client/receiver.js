@@ -10,6 +10,7 @@ const [STREAM, LONG_POLL, POLL] = [0, 1, 2]; // transports, the best one first
 class Receiver {
   lastId; // the cursor: all messages up to this id have been delivered
   transport;
+  presence; // where the page wants to know who is there
   #session;
   #interval;
   #echo; // our own messages are delivered too
@@ -179,7 +180,7 @@ class Receiver {
 
   /** Leaves our own messages out, but not for a leader: other tabs want them. */
   #userFilter() {
-    return this.#tabs.isLeader || this.#echo ? "" : `user=${this.#session.user}&`;
+    return this.#tabs.isLeader || this.#echo || this.presence ? "" : `user=${this.#session.user}&`;
   }
 
   /** Polls once, and returns whether there may be more at once. */
@@ -192,6 +193,18 @@ class Receiver {
     const last = Number(headers.get("Shortbus-Last-Id"));
     this.#deliver({ messages, missed: headers.has("Shortbus-Missed"), last }, wasLeader);
     return messages.length >= FULL_PAGE;
+  }
+
+  /** What lives, up to the cursor. */
+  async *backlog() {
+    const isValid = (list) => Array.isArray(list) && list.every((message) => isId(message?.id));
+    const end = this.lastId;
+    for (let id = 0; id < end; ) {
+      const { json, headers } = await this.#session.request(`?id=${id}`, { isValid, timeout: POLL_TIMEOUT });
+      if (!json.length) return;
+      yield* json.filter((message) => message.id <= end);
+      id = Number(headers.get("Shortbus-Last-Id")) || Infinity;
+    }
   }
 
   /** Receives an event stream to its end, and returns the pause until the next one. */
@@ -256,10 +269,12 @@ class Receiver {
       if (this.#session.closed) return;
     }
     if (last > 0 && last > (missed ? 0 : this.lastId)) this.lastId = last;
+    this.presence?.tick();
   }
 
   #deliverMessage({ id, user, data }) {
     this.lastId = id;
+    if (this.presence?.take(user, data)) return;
     if (this.#session.isOwn(user) && !this.#echo) return;
     const { origin } = new URL(this.#session.url);
     this.#fire(new MessageEvent("message", { data, lastEventId: String(id), origin }), { user });

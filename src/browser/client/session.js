@@ -57,6 +57,11 @@ class Session {
     return !!this.#joining;
   }
 
+  /** Whether the page's next life will be this user too. */
+  get isConstant() {
+    return this.#isGiven || !!this.#identity.kind;
+  }
+
   /** Joins. All who wait for a join share one. */
   join(abort) {
     return (this.#joining ??= this.#requestJoin(abort).finally(() => (this.#joining = undefined)));
