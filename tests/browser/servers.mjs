@@ -370,6 +370,7 @@ export async function startProxy(bus, treat = (pass) => pass()) {
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
   proxy.url = `http://127.0.0.1:${server.address().port}/bus`;
+  proxy.cut = () => server.closeAllConnections();
   proxy.close = () => {
     server.close();
     server.closeAllConnections();

@@ -170,4 +170,4 @@ target.dispatchEvent(new Event("custom"));
 type EventName = "open" | "message" | "messageerror" | "missed" | "rejoin" | "error" | "bufferedamountlow" | "close";
 same<keyof MessageBusEventMap, EventName>(true);
 same<MessageBusEventMap<Move>["message"], BusMessageEvent<Move>>(true);
-same<keyof MessageBusOptions, "interval" | "deadline" | "signal">(true);
+same<keyof MessageBusOptions, "interval" | "idleInterval" | "deadline" | "signal">(true);

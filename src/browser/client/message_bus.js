@@ -22,8 +22,8 @@ class MessageBus extends EventTarget {
     super();
     const ready = [url, options].find((argument) => typeof argument === "function");
     const isOptions = (argument) => argument && typeof argument === "object" && !argument.href;
-    const { interval = 500, deadline = 30_000, signal } = [options, url].find(isOptions) ?? {};
-    for (const [name, value] of Object.entries({ interval, deadline })) {
+    const { interval = 500, idleInterval, deadline = 30_000, signal } = [options, url].find(isOptions) ?? {};
+    for (const [name, value] of Object.entries({ interval, idleInterval: idleInterval ?? 0, deadline })) {
       if (!(value >= 0)) throw new RangeError(`${name} has to be a number of milliseconds`);
     }
 
@@ -38,7 +38,7 @@ class MessageBus extends EventTarget {
     };
     this.#session = new Session(busUrl(url), fire, wake, onJoin);
     this.#outbox = new Outbox(this.#session, deadline, fire);
-    this.#receiver = new Receiver(this.#session, interval, fire, wake);
+    this.#receiver = new Receiver(this.#session, { interval, idleInterval }, fire, wake);
     if (ready) this.addEventListener("open", () => ready.call(this, this), { once: true });
     for (const type of EVENTS) this.#addHandler(type);
     this.#listen(signal);
@@ -98,7 +98,9 @@ class MessageBus extends EventTarget {
 
   #add(data) {
     if (this.#session.closed) throw new DOMException("the bus is closed", "InvalidStateError");
-    return this.#outbox.add(data);
+    const sent = this.#outbox.add(data);
+    this.#receiver.onSend();
+    return sent;
   }
 
   close() {
@@ -176,7 +178,7 @@ class MessageBus extends EventTarget {
     // A page stands still in the browser's cache as a frozen one does.
     listen(globalThis, "pagehide", (event) => this.#onPageHide(event.isTrusted && !document.hidden));
     listen(document, "freeze", () => this.#onPageHide(false));
-    listen(globalThis, "pageshow", () => this.#onPageShow());
+    listen(globalThis, "pageshow", ({ persisted }) => this.#onPageShow(persisted));
     listen(document, "resume", () => this.#onPageShow());
     listen(signal, "abort", () => this.#abort(signal.reason));
   }
@@ -192,7 +194,9 @@ class MessageBus extends EventTarget {
     this.#receiver.onPageHide();
   }
 
-  #onPageShow() {
+  /** What was under way belongs to a page that stood still in the browser's cache: Firefox never ends it. */
+  #onPageShow(wasCached) {
+    if (wasCached) this.#session.abandon();
     this.#outbox.onPageShow();
     this.#receiver.onPageShow();
   }

@@ -13,6 +13,7 @@ class Session {
   #users = new Set(); // this one and all former ones
   #joining; // the join under way
   #clockOffset = 0; // milliseconds that the server's clock is ahead of ours
+  #underWay = new Set(); // what ends each request under way
   #fire;
   #wake;
   #onJoin;
@@ -88,23 +89,44 @@ class Session {
   }
 
   fetch(query, init) {
-    return fetch(this.url + query, { cache: "no-store", ...init });
+    return fetch(this.url + (init.method ? query : this.#fresh(query)), { cache: "no-store", ...init });
+  }
+
+  /** A service worker may answer from its own cache what it has seen before: under one, each request is another. */
+  #fresh(query) {
+    // A worker is not told of the service worker that it has.
+    const isServed = attempt(() => navigator.serviceWorker?.controller) || globalThis.WorkerGlobalScope;
+    return isServed ? `${query}${query ? "&" : "?"}fresh=${Math.random().toString(36).slice(2)}` : query;
+  }
+
+  /** Ends all requests under way: they belong to a page that stood still, and may never settle. */
+  abandon() {
+    for (const abort of this.#underWay) abort.abort(new Error("the page stood still"));
   }
 
   /** Sends a request, and returns the JSON and the headers of a valid reply. */
   async request(query, { isValid, timeout, abort = new AbortController(), ...init }) {
-    const timer = setTimeout(() => abort.abort(), timeout);
+    const { signal } = abort;
+    const timer = setTimeout(() => abort.abort(new Error("it does not answer")), timeout);
+    this.#underWay.add(abort);
     let reply;
     let text;
     try {
-      reply = await this.fetch(query, { signal: abort.signal, ...init });
-      text = await reply.text();
+      reply = await orAborted(signal, this.fetch(query, { signal, ...init }));
+      text = await orAborted(signal, reply.text());
     } catch (cause) {
       throw new BusError("network", `The bus cannot be reached: ${cause.message}`);
     } finally {
       clearTimeout(timer);
+      this.#underWay.delete(abort);
     }
-    return { json: this.parse(reply, text, isValid), headers: reply.headers };
+    return { json: this.parse(reply, text, isValid), headers: reply.headers, length: text.length };
+  }
+
+  /** The seconds that a Retry-After header asks for (RFC 9110 section 10.2.3): a number, or a date of the server's. */
+  #retryAfter(text) {
+    const seconds = /^\d+$/.test(text) ? Number(text) : Math.ceil((Date.parse(text) - this.now()) / 1_000);
+    return Math.max(0, seconds || 0);
   }
 
   /** Returns a valid reply's JSON; any other reply is an error. */
@@ -121,7 +143,7 @@ class Session {
     const { status, headers } = reply;
     if (!reply.ok) {
       const error = new BusError(json?.error ?? "http", json?.message ?? `The web server answered ${status}.`);
-      const retryAfter = Number(headers.get("Retry-After")) || 0;
+      const retryAfter = this.#retryAfter(headers.get("Retry-After"));
       throw Object.assign(error, { status, retryAfter, element: json?.element });
     }
     if (!isValid(json)) throw new BusError("not_a_bus", "What answered is no bus: its reply is not what a bus says.");

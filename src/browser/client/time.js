@@ -6,6 +6,25 @@ const STREAM_TIMEOUT = 2.5 * HEARTBEAT; // milliseconds of silence after which a
 /** Exponential back-off with full jitter: a thousand pages must not return at the same moment. */
 const backOff = (failures, first) => Math.random() * Math.min(MAX_PAUSE, first * 2 ** failures);
 
+/** What this gives; undefined where a browser has no such thing, or throws: in a sandbox, with cookies blocked. */
+function attempt(get) {
+  try {
+    return get();
+  } catch {
+    return undefined;
+  }
+}
+
+/** Passes a promise on, or rejects once the signal is aborted: a browser's fetch may never settle, not even then. */
+function orAborted(signal, promise) {
+  return new Promise((resolve, reject) => {
+    const stop = () => reject(signal.reason);
+    signal.addEventListener("abort", stop);
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", stop));
+    if (signal.aborted) stop();
+  });
+}
+
 /** Passes a promise on, or rejects if it takes too long. */
 function withTimeout(milliseconds, promise) {
   let timer;
