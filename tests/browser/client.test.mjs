@@ -1658,6 +1658,7 @@ test("a fetch that never settles, whatever it is told, holds nothing up", async 
     const bus = open(t, url, { interval: 20, deadline: 60_000 });
     const sent = bus.send(what);
     await until(`${what} to be stuck`, () => !left);
+    await until("the join", () => bus.connected);
     await at.publish(url, what);
     await until(`a message behind ${what}`, () => bus.heard().length);
     assert(await sent);
