@@ -979,18 +979,23 @@ for (const [name, browser] of Object.entries(browsers)) {
   });
 
   test(`${name}: what a page says while it is left, and what it says when it is back, arrives`, async (t) => {
-    const bus = `bye-${name}`;
-    const page = await joined(await visit(t, browser, html(bus)));
-    const { id } = (await site.ask(site.bus(bus))).json;
-    await page.evaluate(() => addEventListener("pagehide", () => bus.postMessage("bye")));
-    for (const n of numbers(0, 3)) {
-      await page.goto(site.serve("gone.html", "<!doctype html>"));
-      await page.goBack();
-      assert(await page.evaluate(() => window.bus), "it was not kept");
-      assert(await page.evaluate((n) => bus.send(n), n));
-    }
-    const messages = (await site.ask(`${site.bus(bus)}?id=${id}`)).json.map(({ data }) => data);
-    assert.deepEqual(messages, ["bye", 0, "bye", 1, "bye", 2]);
+    const own = `bye-${name}`;
+    site.serve("back.html", `<!doctype html><script>setTimeout(() => history.back(), 300);</script>`);
+    // By itself: WebDriver loses sight of pages that Firefox has kept.
+    const script = `
+      const bus = new MessageBus();
+      addEventListener("pagehide", () => bus.postMessage("bye"));
+      addEventListener("pageshow", async ({ persisted }) => {
+        await bus.send(persisted ? "back" : "new");
+        sessionStorage.rounds = 1 + Number(sessionStorage.rounds ?? 0);
+        setTimeout(() => sessionStorage.rounds < 4 && (location = "/back.html"), 300);
+      });`;
+    const { id } = (await site.ask(site.bus(own))).json;
+    await visit(t, browser, html(own, script));
+    const messages = async () => (await site.ask(`${site.bus(own)}?id=${id}`)).json.map(({ data }) => data);
+    await until("all", async () => (await messages()).length >= 7);
+    const said = (await messages()).join();
+    assert.match(said, /^new,bye,back(,bye,(back|new)){2}$/); // Firefox does not keep it each time
   });
 }
 
