@@ -1,7 +1,7 @@
 // The client and the page in real browsers: Chromium by DevTools, Firefox by WebDriver BiDi.
 
 import assert from "node:assert/strict";
-import { existsSync, mkdirSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import puppeteer from "puppeteer-core";
@@ -193,6 +193,17 @@ test("a page that is not secure hears a signed bus, and a send says why it is re
   const open = html("plain").replace("127.0.0.1", INSECURE);
   const zoe = await joined(await visit(t, chromium, open));
   assert(await send(zoe, "unsigned"));
+});
+
+test("README's page in two tabs: the older one prints what the newer one says", async (t) => {
+  const readme = readFileSync(new URL("../../README.md", import.meta.url), "utf8");
+  const [, lines] = /Save this as [^]*?\n\n((?: {4}.*\n)+)/.exec(readme);
+  const bus = site.bus("readme");
+  const url = site.serve("readme.html", lines.replaceAll("/cgi-bin/chat/", `${new URL(bus).pathname}/`));
+  const older = await visit(t, chromium, url);
+  await until("the join", () => older.evaluate(() => bus.connected));
+  await tab(older.browserContext(), url);
+  await until("the text", async () => (await older.evaluate(() => document.body.innerText)).includes("hello"));
 });
 
 test("1,000 messages arrive in order, none missing", async (t) => {
