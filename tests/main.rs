@@ -9,6 +9,7 @@ mod cli;
 mod delivery;
 mod demo;
 mod docs;
+mod examples;
 mod failures;
 mod layout;
 mod local_store;

@@ -34,6 +34,7 @@ package() {
         dnf/ip) echo iproute ;;
         */ip) echo iproute2 ;;
         */node) echo nodejs ;;
+        pacman/python3) echo python ;;
         dnf/npm) echo nodejs-npm ;;
         *) echo "$2" ;;
     esac
