@@ -64,3 +64,9 @@ fn browsers_talk_on_a_bus() {
     install();
     test("browser.test.mjs");
 }
+
+#[test]
+fn the_examples_pages_work_in_a_browser() {
+    install();
+    test("recipes.test.mjs");
+}

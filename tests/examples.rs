@@ -8,7 +8,7 @@ use std::thread;
 
 use serde_json::json;
 
-use crate::fixtures::daemon::wait_for;
+use crate::fixtures::daemon::{Daemon, wait_for};
 use crate::fixtures::fronts::Front;
 use crate::fixtures::site::Site;
 
@@ -182,4 +182,122 @@ fn the_python_client_is_a_program_too_and_short() {
     listener.wait().unwrap();
     let message: serde_json::Value = serde_json::from_str(&line).unwrap();
     assert_eq!(message["data"], json!({"move": "e4"}));
+}
+
+/// The indented lines of docs/recipes.md behind a line with this text, for this site.
+fn recipe(site: &Site, after: &str) -> String {
+    let (_, rest) = include_str!("../docs/recipes.md").split_once(after).expect(after);
+    let lines = rest.lines().skip(1).skip_while(|line| !line.starts_with("    "));
+    let lines: String =
+        lines.take_while(|line| line.starts_with("    ")).map(|line| format!("{}\n", &line[4..])).collect();
+    lines.replace("http://localhost/", &site.url())
+}
+
+/// Runs a program in examples/, with this on its stdin.
+fn run(program: &str, arguments: &[&str], input: &str) -> String {
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples"));
+    command.env("PYTHONDONTWRITEBYTECODE", "1").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("{program}: {error}; make test installs it"));
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn shell_cron_and_php_publish_as_written() {
+    let site = Site::start(Front::ApacheCgid);
+    site.copy("dashboard");
+    let (_, id) = site.join("dashboard");
+    run("sh", &["-e"], &recipe(&site, "## Publish from a shell, from cron"));
+    let cron = recipe(&site, "Every minute, in");
+    run("sh", &["-e"], cron.strip_prefix("* * * * * nobody ").unwrap());
+    run("sh", &["-e"], &recipe(&site, "To send again what had no"));
+    run("php", &[], &format!("<?php\n{}", recipe(&site, "has the function:")));
+    let printed = run(
+        "php",
+        &["publish.php", &format!("{}cgi-bin/dashboard", site.url()), "{\"name\": \"a\", \"value\": []}"],
+        "",
+    );
+    let heard = site.get(&format!("dashboard?id={id}")).json();
+    let told: Vec<_> = heard.as_array().unwrap().iter().map(|each| each["data"].clone()).collect();
+    let load = told[1]["value"].as_f64().expect("a load");
+    assert_eq!(
+        told,
+        [
+            json!({"name": "load", "value": 0.7}),
+            json!({"name": "load", "value": load}),
+            json!({"name": "jobs", "value": 12}),
+            json!({"name": "orders", "value": 17}),
+            json!({"name": "a", "value": []}),
+        ]
+    );
+    assert_eq!(printed, format!("{}\n", heard[4]["id"]));
+}
+
+#[test]
+fn php_sends_again_what_had_no_answer_and_says_why_it_gives_up() {
+    let site = Site::start(Front::ApacheCgid);
+    site.copy("chat");
+    site.foresee_kills();
+    let (_, id) = site.join("chat");
+    site.memcached.signal("STOP");
+    let url = format!("{}cgi-bin/chat", site.url());
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| run("php", &["publish.php", &url, "\"hello\""], ""));
+        wait_for("a failure", || site.log().contains("shortbus: chat: "));
+        site.memcached.signal("CONT");
+        sender.join().unwrap();
+    });
+    let heard = site.get(&format!("chat?id={id}")).json();
+    assert_eq!((heard.as_array().unwrap().len(), &heard[0]["data"]), (1, &json!("hello")));
+    let refused =
+        Command::new("php").args(["examples/publish.php", &url]).arg(format!("\"{}\"", "x".repeat(20_000))).output();
+    let refused = refused.unwrap();
+    let said = [refused.stdout, refused.stderr].concat();
+    assert!(!refused.status.success() && String::from_utf8_lossy(&said).contains("SHORTBUS_MAX_BYTES"));
+}
+
+#[test]
+fn python_publishes_and_listens_as_written() {
+    let site = Site::start(Front::ApacheProxyFcgi);
+    let program = recipe(&site, "needs nothing but the standard library").replace("/dashboard", "/chat");
+    let mut child = Command::new("python3");
+    child.args(["-u", "-B", "-c", &program]).current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples"));
+    let mut child = child.stdout(Stdio::piped()).spawn().unwrap();
+    wait_for("its message", || site.get("chat?id=0").text().contains("temperature"));
+    site.publish("chat", 7, "[1, \"two\"]");
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(line, "7 [1, 'two']\n");
+}
+
+#[test]
+fn a_shell_hears_all_in_order() {
+    for front in [Front::ApacheCgid, Front::ApacheProxyFcgi] {
+        let site = Site::start(front);
+        site.copy("chat");
+        let mut command = Command::new("examples/listen.sh");
+        command.arg(format!("{}cgi-bin/chat", site.url())).current_dir(env!("CARGO_MANIFEST_DIR"));
+        let mut listener = Daemon::start(command.stdout(Stdio::piped()), "curl");
+        let lines = BufReader::new(listener.stdout()).lines();
+        let (sender, heard) = mpsc::channel();
+        thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        let mut all = Vec::new();
+        let mut sent = 0;
+        wait_for("a hundred messages", || {
+            sent += 1;
+            site.publish("chat", 1, sent.to_string());
+            for line in heard.try_iter() {
+                let page: Vec<serde_json::Value> = serde_json::from_str(&line).unwrap();
+                all.extend(page.iter().map(|each| each["data"].as_u64().unwrap()));
+            }
+            all.len() >= 100
+        });
+        let first = all[0];
+        assert_eq!(all, (first..first + all.len() as u64).collect::<Vec<_>>(), "{front:?}");
+    }
 }

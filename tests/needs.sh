@@ -35,6 +35,7 @@ package() {
         */ip) echo iproute2 ;;
         */node) echo nodejs ;;
         pacman/python3) echo python ;;
+        apt-get/php | dnf/php) echo php-cli ;;
         dnf/npm) echo nodejs-npm ;;
         *) echo "$2" ;;
     esac
