@@ -11,6 +11,7 @@ mod demo;
 mod docs;
 mod examples;
 mod failures;
+mod growing;
 mod layout;
 mod local_store;
 mod persistent;
