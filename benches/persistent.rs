@@ -134,7 +134,7 @@ impl Site {
             .iter()
             .enumerate()
             .map(|(n, name)| (name, if n < 2 { variables } else { local }))
-            .map(|(name, set)| Worker::start(&program, folder.join(&format!("{name}.s")), &folder, &set).daemon)
+            .map(|(name, set)| Worker::start(&program, folder.join(format!("{name}.s")), &folder, &set).daemon)
             .collect();
         let mut nothing = Command::new(baseline("responder"));
         daemons.push(Daemon::start(nothing.arg(folder.join("nothing.s")), "nothing: it is built by make bench"));

@@ -34,7 +34,7 @@ fn install() {
 /// Runs the tests of a file, each of which has to be run and to pass.
 fn test(file: &str) {
     // A test that hangs must not hang all.
-    let (text, success) = run("timeout", &["--foreground", "300", "node", "--test", "--test-reporter=tap", file]);
+    let (text, success) = run("timeout", &["--foreground", "900", "node", "--test", "--test-reporter=tap", file]);
     assert!(success, "{text}");
     let count = |what: &str| -> usize {
         let line = text.lines().find_map(|line| line.strip_prefix(&format!("# {what} ")));
@@ -63,4 +63,10 @@ fn the_types_are_what_the_client_has() {
 fn browsers_talk_on_a_bus() {
     install();
     test("browser.test.mjs");
+}
+
+#[test]
+fn the_examples_pages_work_in_a_browser() {
+    install();
+    test("recipes.test.mjs");
 }

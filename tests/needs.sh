@@ -34,6 +34,8 @@ package() {
         dnf/ip) echo iproute ;;
         */ip) echo iproute2 ;;
         */node) echo nodejs ;;
+        pacman/python3) echo python ;;
+        apt-get/php | dnf/php) echo php-cli ;;
         dnf/npm) echo nodejs-npm ;;
         *) echo "$2" ;;
     esac

@@ -42,6 +42,8 @@ macro_rules! client {
             "\n",
             include_str!("client/event_stream.js"),
             "\n",
+            include_str!("client/place.js"),
+            "\n",
             include_str!("client/tab_leader.js"),
             "\n",
             include_str!("client/receiver.js"),

@@ -6,7 +6,7 @@ export interface BusError extends Error {
   readonly code: string;
   /** The HTTP status; 0 where no server answered. */
   readonly status: number;
-  /** Seconds after which the server wants to be asked again; 0 where it said none. */
+  /** Seconds after which the server wants to be asked again, also where it gave a date; 0 where it said none. */
   readonly retryAfter: number;
 }
 
@@ -53,6 +53,8 @@ export interface MessageBusEventMap<T = any> {
 export interface MessageBusOptions {
   /** Milliseconds between two polls; 500 unless given. */
   interval?: number;
+  /** Milliseconds between two plain polls where nothing happens; `interval`, but 5,000 in a hidden page, unless given. */
+  idleInterval?: number;
   /** Milliseconds for which a send is tried again, 30,000 unless given; no longer than the bus's SHORTBUS_TTL. */
   deadline?: number;
   /**
@@ -88,7 +90,7 @@ export class MessageBus<T = any> extends EventTarget implements AsyncIterable<Bu
   readonly lastId: number | undefined;
   /** Whether the latest poll was answered. */
   readonly connected: boolean;
-  /** How it hears: `tab`: another tab has the connection, for all of them; undefined until it does. */
+  /** How it hears; by `tab`: another tab does, for all of them. Undefined until it hears, and while not connected. */
   readonly transport: "stream" | "long-poll" | "poll" | "tab" | undefined;
   /** Bytes of the messages, as JSON in UTF-8, that were given to be sent and are neither delivered nor failed. */
   readonly bufferedAmount: number;

@@ -1,7 +1,7 @@
 // The client and the page in real browsers: Chromium by DevTools, Firefox by WebDriver BiDi.
 
 import assert from "node:assert/strict";
-import { existsSync, mkdirSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import puppeteer from "puppeteer-core";
@@ -34,11 +34,11 @@ const end = new AbortController();
 atEnd(() => end.abort());
 
 /** Starts a browser with a new profile. */
-function launch(browser, executablePath, args) {
-  const userDataDir = join(site.folder, browser);
-  mkdirSync(userDataDir);
+function launch(browser, executablePath, args, extraPrefsFirefox = {}) {
+  const userDataDir = mkdtempSync(join(site.folder, browser));
   const signals = { signal: end.signal, handleSIGHUP: false, handleSIGINT: false, handleSIGTERM: false };
-  return puppeteer.launch({ browser, executablePath, args, userDataDir, headless: true, ...signals });
+  const options = { args, userDataDir, extraPrefsFirefox, headless: true, ...signals };
+  return puppeteer.launch({ browser, executablePath, ...options });
 }
 
 const [chromium, firefox] = await Promise.all([
@@ -194,6 +194,17 @@ test("a page that is not secure hears a signed bus, and a send says why it is re
   const open = html("plain").replace("127.0.0.1", INSECURE);
   const zoe = await joined(await visit(t, chromium, open));
   assert(await send(zoe, "unsigned"));
+});
+
+test("README's page in two tabs: the older one prints what the newer one says", async (t) => {
+  const readme = readFileSync(new URL("../../README.md", import.meta.url), "utf8");
+  const [, lines] = /Save this as [^]*?\n\n((?: {4}.*\n)+)/.exec(readme);
+  const bus = site.bus("readme");
+  const url = site.serve("readme.html", lines.replaceAll("/cgi-bin/chat/", `${new URL(bus).pathname}/`));
+  const older = await visit(t, chromium, url);
+  await until("the join", () => older.evaluate(() => bus.connected));
+  await tab(older.browserContext(), url);
+  await until("the text", async () => (await older.evaluate(() => document.body.innerText)).includes("hello"));
 });
 
 test("1,000 messages arrive in order, none missing", async (t) => {
@@ -1078,7 +1089,7 @@ test("a tab to which not everything was relayed finds the rest", async (t) => {
   await leader.evaluate(() => {
     const { postMessage } = BroadcastChannel.prototype;
     BroadcastChannel.prototype.postMessage = function (news) {
-      if (!window.mute && news.messages[0]?.data % 3 !== 1) postMessage.call(this, news);
+      if (!window.mute && news.messages?.[0]?.data % 3 !== 1) postMessage.call(this, news);
     };
   });
   await hear(pages, "late", 10, 40);
@@ -1146,7 +1157,7 @@ test("a message that is spoilt on its way is an error in each tab, and the strea
   assert.equal(proxy.requests.filter(isStream).length, streams);
 });
 
-test("tabs behind a proxy without streams share a long poll; where these are cut, each polls", async (t) => {
+test("tabs behind a proxy without streams share a long poll; where these are cut, they share one poll", async (t) => {
   let cutting = false;
   const treat = (pass, request) => {
     if (cutting && request.url.includes("wait=")) return { status: 504, body: "" };
@@ -1166,8 +1177,229 @@ test("tabs behind a proxy without streams share a long poll; where these are cut
   assert(proxy.requests.filter(({ url }) => url.includes("stream=1")).length <= 2);
   cutting = true;
   await hear(pages, "proxied", 10, 20);
-  await are("poll", "poll", "poll");
+  await are("poll", "tab", "tab");
   await hear(pages, "proxied", 20, 30);
+});
+
+const evaluate = (pages, act, ...args) => Promise.all(pages.map((page) => page.evaluate(act, ...args)));
+
+/** Starts a client for each of these buses in a page, and lists what they hear. */
+async function startAll(page, urls) {
+  await page.evaluate((urls) => {
+    window.buses = urls.map((url) => new MessageBus(url, { interval: 200 }));
+    window.heard = urls.map(() => []);
+    buses.forEach((bus, n) => (bus.onmessage = ({ data }) => heard[n].push(data)));
+  }, urls);
+}
+
+/** Sees that all hear, that sends arrive, and that the browser has connections left for another page. */
+async function sixConnections(pages, names) {
+  const state = async (act) => (await evaluate(pages, act)).flat();
+  const transports = () => state(() => buses.map((bus) => bus.transport));
+  const expected = names.map((_, n) => (n < names.length - 3 ? "poll" : "stream")).join();
+  await until("three streams", async () => (await transports()).sort().join() === expected);
+  for (const name of names) await live.publish(live.bus(name), "from outside");
+  const heard = () => state(() => heard);
+  await until("all", async () => (await heard()).every((list) => list.length));
+  const sent = await state(() => Promise.all(buses.map((bus) => bus.send("from here"))));
+  assert(sent.every(Number.isSafeInteger));
+  assert.deepEqual(await heard(), names.map(() => ["from outside"]));
+  const another = await pages[0].browserContext().newPage();
+  await another.goto(live.serve("another.html", "<!doctype html><title>another</title>"));
+  assert.equal(await another.title(), "another");
+  await another.close();
+}
+
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: eight buses in one page leave connections for all else`, async (t) => {
+    const names = numbers(0, 8).map((n) => `room-${n}-${name}`);
+    const page = await visit(t, browser, html(names[0], "", "strict", live));
+    await startAll(page, names.map((name) => live.bus(name)));
+    await sixConnections([page], names);
+    // The place of a bus that is closed is another's.
+    await page.evaluate(() => {
+      buses.filter((bus) => bus.transport === "stream").slice(1).forEach((bus) => bus.close());
+    });
+    const streams = () => page.evaluate(() => buses.filter((bus) => bus.transport === "stream").length);
+    await until("three streams again", async () => (await streams()) === 3);
+  });
+
+  test(`${name}: eight tabs with a bus each leave connections for all else`, async (t) => {
+    const names = numbers(0, 8).map((n) => `tab-${n}-${name}`);
+    const pages = await visits(t, browser, html(names[0], "", "strict", live), names.length);
+    for (const [n, page] of pages.entries()) await startAll(page, [live.bus(names[n])]);
+    await sixConnections(pages, names);
+  });
+
+  test(`${name}: what a page says while it is left, and what it says when it is back, arrives`, async (t) => {
+    const own = `bye-${name}`;
+    site.serve("back.html", `<!doctype html><script>setTimeout(() => history.back(), 300);</script>`);
+    // By itself: WebDriver loses sight of pages that Firefox has kept.
+    const script = `
+      const bus = new MessageBus();
+      addEventListener("pagehide", () => bus.postMessage("bye"));
+      addEventListener("pageshow", async ({ persisted }) => {
+        await bus.send(persisted ? "back" : "new");
+        sessionStorage.rounds = 1 + Number(sessionStorage.rounds ?? 0);
+        setTimeout(() => sessionStorage.rounds < 4 && (location = "/back.html"), 300);
+      });`;
+    const { id } = (await site.ask(site.bus(own))).json;
+    await visit(t, browser, html(own, script));
+    const messages = async () => (await site.ask(`${site.bus(own)}?id=${id}`)).json.map(({ data }) => data);
+    await until("all", async () => (await messages()).length >= 7);
+    const said = (await messages()).join();
+    assert.match(said, /^new,bye,back(,bye,(back|new)){2}$/); // Firefox does not keep it each time
+  });
+}
+
+test("where pages share nothing, a page has one stream, and its other buses poll", async (t) => {
+  const names = numbers(0, 3).map((n) => `plain-${n}`);
+  const url = html(names[0], "", "strict", live).replace("127.0.0.1", INSECURE);
+  const page = await visit(t, chromium, url);
+  await startAll(page, names.map((name) => live.bus(name).replace("127.0.0.1", INSECURE)));
+  const transports = () => page.evaluate(() => buses.map((bus) => bus.transport).sort().join());
+  await until("one stream", async () => (await transports()) === "poll,poll,stream");
+  await page.evaluate(() => buses.find((bus) => bus.transport === "stream").close());
+  await until("another one", async () => (await page.evaluate(() => buses.some((bus) => bus.transport === "stream"))));
+});
+
+test("Firefox: with cookies blocked, which blocks channels, locks and storage, a page hears by a stream", async (t) => {
+  const private_ = await launch("firefox", find("firefox-esr", "firefox"), [], { "network.cookie.cookieBehavior": 2 });
+  t.after(() => private_.close());
+  const page = await joined(await visit(t, private_, html("blocked", "", "strict", live)));
+  const throws = await page.evaluate(() => {
+    try {
+      return !new BroadcastChannel("x");
+    } catch {
+      return true;
+    }
+  });
+  assert(throws);
+  await live.publish(live.bus("blocked"), "all the same");
+  await until("the message", () => count(page));
+  await until("a stream", async () => (await ways([page]))[0] === "stream");
+  assert(await send(page, "too"));
+});
+
+test("two clients of a bus in a lone page hear by one stream, and no tab is spoken of", async (t) => {
+  const page = await visit(t, chromium, html("lone", "", "strict", live));
+  await page.evaluate((url) => {
+    window.seen = new Set();
+    setInterval(() => buses.forEach((bus) => seen.add(bus.transport)), 5);
+    window.buses = [new MessageBus(url), new MessageBus(url)];
+  }, live.bus("lone"));
+  await until("both", () => page.evaluate(() => buses.every((bus) => bus.transport === "stream")));
+  assert.deepEqual(await page.evaluate(() => seen.has("tab")), false);
+  const streams = () => performance.getEntriesByType("resource").filter(({ name }) => name.includes("stream")).length;
+  assert(await page.evaluate(() => buses[0].send("x")));
+  await page.evaluate(() => buses[0].close());
+  await until("its own", () => page.evaluate(() => buses[1].connected && buses[1].transport === "stream"));
+  assert.equal(await page.evaluate(streams), 1); // the one that has ended
+});
+
+// In Firefox the tabs of a site may share a process, which then stands still as a whole.
+test("Chromium: while the tab that leads stands still, the others hear", async (t) => {
+  const treat = (pass, request) => {
+    if (request.url === "/still") return still;
+    return request.url.includes("stream=1") ? pass.on() : pass();
+  };
+  let open;
+  const still = new Promise((resolve) => (open = () => resolve({ body: "" })));
+  const [, , pages] = await through(t, "still-Chromium", treat, live, 2, chromium);
+  await evaluate(pages, () => {
+    window.log = { message: [], missed: [] };
+    for (const type of ["message", "missed"]) bus.addEventListener(type, ({ data }) => log[type].push(data));
+  });
+  await until("one stream for all", async () => (await ways(pages)).sort().join() === shared(2));
+  await hear(pages, "still-Chromium", 0, 3);
+  const leader = await lead(pages);
+  const [other] = others(pages, leader);
+  await other.bringToFront();
+  const opened = leader.evaluate(() => {
+    const request = new XMLHttpRequest();
+    request.open("GET", "/still", false);
+    request.send();
+  });
+  await hear([other], "still-Chromium", 3, 6);
+  assert.deepEqual(await ways([other]), ["poll"]);
+  open();
+  await opened;
+  await hear(pages, "still-Chromium", 6, 9);
+  await until("what is relayed", async () => (await ways([other]))[0] === "tab");
+});
+
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: tabs on plain polls share one, and the others ask for nothing`, async (t) => {
+    const pages = await visits(t, browser, html(`polls-${name}`), 3);
+    await Promise.all(pages.map((page) => joined(page, { interval: 100 })));
+    const are = (...list) => until(`${list}`, async () => (await ways(pages)).sort().join() === list.join());
+    await are("poll", "tab", "tab");
+    await hear(pages, `polls-${name}`, 0, 5, undefined, site);
+    await pages[(await ways(pages)).indexOf("tab")].bringToFront();
+    const asked = () => performance.getEntriesByType("resource").length;
+    await until("one that polls for all", async () => {
+      const before = await evaluate(pages, asked);
+      const first = await count(pages[0]);
+      await hear(pages, `polls-${name}`, first, first + 5, undefined, site);
+      const after = await evaluate(pages, asked);
+      return after.filter((number, n) => number !== before[n]).length === 1;
+    });
+    const leader = pages[(await ways(pages)).indexOf("poll")];
+    await leader.close();
+    const rest = others(pages, leader);
+    const first = await count(rest[0]);
+    await hear(rest, `polls-${name}`, first, first + 5, undefined, site);
+    await until("another one polls", async () => (await ways(rest)).sort().join() === "poll,tab");
+  });
+
+  test(`${name}: where a service worker answers from its cache first, two pages hear, as two users`, async (t) => {
+    const worker = `
+      addEventListener("install", () => skipWaiting());
+      addEventListener("activate", (event) => event.waitUntil(clients.claim()));
+      addEventListener("fetch", (event) => event.respondWith(answer(event.request)));
+      async function answer(request) {
+        const cached = await caches.match(request);
+        if (cached) return cached;
+        const reply = await fetch(request);
+        const copy = reply.clone();
+        caches.open("v1").then((cache) => cache.put(request, copy)).catch(() => {});
+        return reply;
+      }`;
+    site.serve("worker.js", worker);
+    const bus = `worker-${name}`;
+    const pages = await visits(t, browser, html(bus, "", "."), 2);
+    await evaluate(pages, async () => {
+      await navigator.serviceWorker.register("/worker.js");
+      await navigator.serviceWorker.ready;
+      while (!navigator.serviceWorker.controller) await new Promise((resolve) => setTimeout(resolve, 10));
+    });
+    for (const page of pages) await joined(page, site.bus(bus));
+    const [ann, bob] = await evaluate(pages, () => bus.user);
+    assert.notEqual(ann, bob);
+    await hear(pages, bus, 0, 3, undefined, site);
+    await send(pages[0], "hello");
+    await until("the answer", async () => (await count(pages[1])) === 4);
+    assert(await pages[0].evaluate(() => caches.match("/cgi-bin/worker.js").then(() => caches.has("v1"))));
+  });
+}
+
+test("a hidden page polls less often where nothing happens", async (t) => {
+  const page = await joined(await visit(t, chromium, html("lazy")));
+  await page.evaluate(() => {
+    const { setTimeout } = window;
+    window.asked = [];
+    window.setTimeout = (act, milliseconds) => asked.push(milliseconds) && setTimeout(act, milliseconds / 10);
+  });
+  const asks = (milliseconds) => page.evaluate((milliseconds) => asked.includes(milliseconds), milliseconds);
+  await until("usual polls", () => asks(500));
+  await page.browserContext().newPage(); // in front of it
+  await until("hidden", () => page.evaluate(() => document.hidden));
+  await until("less often", () => asks(5_000));
+  await site.publish(site.bus("lazy"), "psst");
+  await until("the message", () => count(page));
+  await page.bringToFront();
+  await page.evaluate(() => (asked.length = 0));
+  await until("usual polls", () => asks(500));
 });
 
 test("the page of a bus says how it hears", async (t) => {

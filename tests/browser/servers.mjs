@@ -327,6 +327,27 @@ export async function startSite(settings = () => ({})) {
   return site;
 }
 
+/** An nginx in front of a site that has one, with these lines in its server; they name the site as 127.0.0.1:8080. */
+export async function startNginxProxy(site, lines) {
+  const folder = mkdtempSync(join(site.folder, "proxy-"));
+  const [config, log] = [join(folder, "nginx.conf"), join(folder, "log")];
+  const paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((name) => `${name}_temp_path ${folder}/${name};`);
+  for (let attempt = 0; attempt < 20; attempt++) {
+    const port = 20_000 + Math.floor(Math.random() * 12_000);
+    const server = `server { listen 127.0.0.1:${port}; ${lines.replace("127.0.0.1:8080", `127.0.0.1:${site.port}`)} }`;
+    const http = `http { access_log off; ${paths.join(" ")} ${server} }`;
+    const head = `${ROOT ? "user root;" : ""} daemon off; pid ${folder}/pid; worker_shutdown_timeout 1s; events {}`;
+    writeFileSync(config, `${head} ${http}`);
+    const daemon = new Daemon(log, "nginx", "-e", log, "-c", config);
+    const isUp = () => existsSync(join(folder, "pid")) && answers({ port, host: "127.0.0.1" });
+    await until("the proxy", () => daemon.ended ?? isUp());
+    if (!daemon.ended) return { origin: `http://127.0.0.1:${port}`, close: () => daemon.stop() };
+    const said = readFileSync(log, "utf8");
+    if (!said.includes("bind()")) throw new Error(daemon.ended + said);
+  }
+  throw new Error("the proxy found no port");
+}
+
 /**
  * A proxy in front of a bus, at /bus. It lists the requests, and `treat(pass, request)` decides about each: gives what
  * `pass()` got from the bus, or another reply, or nothing to cut the connection. `pass.on(treat)` passes the reply on as
@@ -370,6 +391,7 @@ export async function startProxy(bus, treat = (pass) => pass()) {
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
   proxy.url = `http://127.0.0.1:${server.address().port}/bus`;
+  proxy.cut = () => server.closeAllConnections();
   proxy.close = () => {
     server.close();
     server.closeAllConnections();

@@ -190,5 +190,14 @@ type Known = "open" | "message" | "messageerror" | "missed" | "rejoin" | "error"
 type EventName = Known | "bufferedamountlow" | "presence" | "close";
 same<keyof MessageBusEventMap, EventName>(true);
 same<MessageBusEventMap<Move>["message"], BusMessageEvent<Move>>(true);
-type OptionName = "interval" | "deadline" | "signal" | "identity" | "user" | "after" | "echo" | "headers";
+type OptionName =
+  | "interval"
+  | "idleInterval"
+  | "deadline"
+  | "signal"
+  | "identity"
+  | "user"
+  | "after"
+  | "echo"
+  | "headers";
 same<keyof MessageBusOptions, OptionName>(true);

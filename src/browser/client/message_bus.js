@@ -14,8 +14,8 @@ function busUrl(given) {
 }
 
 /** Throws where an option cannot be meant. */
-function checkOptions({ interval = 0, deadline = 0, user, after, identity, headers }) {
-  for (const [name, value] of Object.entries({ interval, deadline })) {
+function checkOptions({ interval = 0, idleInterval = 0, deadline = 0, user, after, identity, headers }) {
+  for (const [name, value] of Object.entries({ interval, idleInterval, deadline })) {
     if (!(value >= 0)) throw new RangeError(`${name} has to be a number of milliseconds`);
   }
   for (const [name, value] of Object.entries({ user, after })) {
@@ -133,7 +133,9 @@ class MessageBus extends EventTarget {
 
   #add(data) {
     if (this.#session.closed) throw new DOMException("the bus is closed", "InvalidStateError");
-    return this.#outbox.add(data);
+    const sent = this.#outbox.add(data);
+    this.#receiver.onSend();
+    return sent;
   }
 
   close() {
@@ -212,7 +214,7 @@ class MessageBus extends EventTarget {
     // A page stands still in the browser's cache as a frozen one does.
     listen(globalThis, "pagehide", (event) => this.#onPageHide(event.isTrusted && !document.hidden));
     listen(document, "freeze", () => this.#onPageHide(false));
-    listen(globalThis, "pageshow", () => this.#onPageShow());
+    listen(globalThis, "pageshow", ({ persisted }) => this.#onPageShow(persisted));
     listen(document, "resume", () => this.#onPageShow());
     listen(signal, "abort", () => this.#abort(signal.reason));
   }
@@ -229,7 +231,9 @@ class MessageBus extends EventTarget {
     this.#receiver.onPageHide();
   }
 
-  #onPageShow() {
+  /** What was under way belongs to a page that stood still in the browser's cache: Firefox never ends it. */
+  #onPageShow(wasCached) {
+    if (wasCached) this.#session.abandon();
     this.#outbox.onPageShow();
     this.#receiver.onPageShow();
     this.#presence?.onPageShow();

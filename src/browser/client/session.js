@@ -23,6 +23,7 @@ class Session {
   #joining; // the join under way
   #loginCancelled; // the error, and until when no other login box is to come
   #clockOffset = 0; // milliseconds that the server's clock is ahead of ours
+  #underWay = new Set(); // what ends each request under way
   #fire;
   #wake;
   #onJoin;
@@ -156,16 +157,30 @@ class Session {
     // Across origins that type would cost a preflight.
     const isSameOrigin = !globalThis.origin || new URL(this.#target).origin === globalThis.origin;
     if (method === "POST" && isSameOrigin) headers.set("Content-Type", "application/json");
-    return fetch(this.#target + query, { cache: "no-store", method, headers, ...init });
+    const url = this.#target + (method ? query : this.#fresh(query));
+    return fetch(url, { cache: "no-store", method, headers, ...init });
+  }
+
+  /** A service worker may answer from its own cache what it has seen before: under one, each request is another. */
+  #fresh(query) {
+    // A worker is not told of the service worker that it has.
+    const isServed = attempt(() => navigator.serviceWorker?.controller) || globalThis.WorkerGlobalScope;
+    return isServed ? `${query}${query ? "&" : "?"}fresh=${Math.random().toString(36).slice(2)}` : query;
+  }
+
+  /** Ends all requests under way: they belong to a page that stood still, and may never settle. */
+  abandon() {
+    for (const abort of this.#underWay) abort.abort(new Error("the page stood still"));
   }
 
   /** Sends a request, and returns the JSON and the headers of a valid reply. */
   async request(query, { isValid, timeout, abort = new AbortController(), ...init }) {
     if (this.#loginCancelled?.until > Date.now()) throw this.#loginCancelled.error;
+    const { signal } = abort;
     let isLate = false;
     const end = () => {
       isLate = true;
-      abort.abort();
+      abort.abort(new Error("it does not answer"));
     };
     let timer = setTimeout(async () => {
       // A login box keeps a request waiting; if we ended it, its box would go with it.
@@ -173,11 +188,12 @@ class Session {
       if (!isLoginShown) end();
       else if (timer) timer = setTimeout(end, LOGIN_TIMEOUT);
     }, timeout);
+    this.#underWay.add(abort);
     let reply;
     let text;
     try {
-      reply = await this.fetch(query, { signal: abort.signal, ...init });
-      text = await reply.text();
+      reply = await orAborted(signal, this.fetch(query, { signal, ...init }));
+      text = await orAborted(signal, reply.text());
     } catch (cause) {
       const isKnown = isLate || abort.signal.aborted || this.offer;
       const why = isLate ? "It does not answer." : (!isKnown && (await explainNetwork(this.#target))) || cause.message;
@@ -185,8 +201,15 @@ class Session {
     } finally {
       clearTimeout(timer);
       timer = undefined;
+      this.#underWay.delete(abort);
     }
-    return { json: this.parse(reply, text, isValid), headers: reply.headers };
+    return { json: this.parse(reply, text, isValid), headers: reply.headers, length: text.length };
+  }
+
+  /** The seconds that a Retry-After header asks for (RFC 9110 section 10.2.3): a number, or a date of the server's. */
+  #retryAfter(text) {
+    const seconds = /^\d+$/.test(text) ? Number(text) : Math.ceil((Date.parse(text) - this.now()) / 1_000);
+    return Math.max(0, seconds || 0);
   }
 
   /** Whether the web server asks this page's user for a password: without any it refuses a request at once. */
@@ -212,7 +235,7 @@ class Session {
       const [code, message] = isBusError(json) ? [json.error, json.message] : ["http", explainStatus(status)];
       const error = new BusError(code, message);
       const hasAsked = status === 401 && globalThis.document && headers.has("WWW-Authenticate");
-      const retryAfter = hasAsked ? LOGIN_PAUSE : Number(headers.get("Retry-After")) || 0;
+      const retryAfter = hasAsked ? LOGIN_PAUSE : this.#retryAfter(headers.get("Retry-After"));
       if (hasAsked) this.#loginCancelled = { error, until: Date.now() + LOGIN_PAUSE * 1_000 };
       throw Object.assign(error, { status, retryAfter, element: json?.element });
     }

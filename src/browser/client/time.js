@@ -15,6 +15,16 @@ function attempt(get) {
   }
 }
 
+/** Passes a promise on, or rejects once the signal is aborted: a browser's fetch may never settle, not even then. */
+function orAborted(signal, promise) {
+  return new Promise((resolve, reject) => {
+    const stop = () => reject(signal.reason);
+    signal.addEventListener("abort", stop);
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", stop));
+    if (signal.aborted) stop();
+  });
+}
+
 /** Passes a promise on, or rejects if it takes too long. */
 function withTimeout(milliseconds, promise) {
   let timer;

@@ -1,0 +1,198 @@
+// The pages of examples/ in Chromium, as people copy them.
+
+import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
+import { existsSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, test } from "node:test";
+import puppeteer from "puppeteer-core";
+import { startFastcgiSite, startNginxProxy, startSite, until } from "./servers.mjs";
+
+const file = (path) => readFileSync(new URL(`../../${path}`, import.meta.url), "utf8");
+const site = await startSite();
+const live = await startFastcgiSite();
+
+const folders = process.env.PATH.split(":");
+const names = ["chromium", "chromium-browser", "google-chrome"];
+const executablePath = names.flatMap((name) => folders.map((folder) => join(folder, name))).find(existsSync);
+assert(executablePath, "no chromium: make test installs it");
+const chromium = await puppeteer.launch({ executablePath, headless: true, args: ["--no-sandbox", "--disable-quic"] });
+after(() => Promise.all([chromium.close(), site.close(), live.close()]));
+
+/** Serves a page of the examples, whose bus has this name: its URL. */
+function example(name, bus, at = site) {
+  at.bus(bus);
+  return at.serve(`${name}.html`, file(`examples/${name}.html`));
+}
+
+/** Opens pages of it, each in a session of its own; nothing may throw in them. */
+function visitor(t, url) {
+  const problems = [];
+  const contexts = [];
+  t.after(async () => {
+    await Promise.all(contexts.map((context) => context.close()));
+    assert.deepEqual(problems, []);
+  });
+  return async (hash = "") => {
+    const context = await chromium.createBrowserContext();
+    contexts.push(context);
+    const page = await context.newPage();
+    page.on("pageerror", (error) => problems.push(String(error)));
+    await page.goto(url + hash);
+    await until("the join", () => page.evaluate(() => bus.connected));
+    return page;
+  };
+}
+
+const text = (page, selector) => page.$eval(selector, (element) => element.innerText);
+const items = (page, selector) => page.$$eval(selector, (elements) => elements.map((element) => element.innerText));
+
+test("quiz: all see the question and the results, who comes late and who comes back too", async (t) => {
+  const visit = visitor(t, example("quiz", "quiz"));
+  const host = await visit("#host");
+  const ann = await visit();
+  await host.click("#host button");
+  const answers = (page) => items(page, "#answers button");
+  await until("the question", async () => (await answers(ann)).length === 3);
+  await ann.click("#answers button:nth-of-type(2)");
+  const one = ["six: 0", "eight: 1", "ten: 0"];
+  await until("a vote", async () => String(await answers(host)) === String(one));
+  const bob = await visit();
+  await until("the results", async () => String(await answers(bob)) === String(one));
+  await bob.click("#answers button:nth-of-type(3)");
+  const two = ["six: 0", "eight: 1", "ten: 1"];
+  for (const page of [host, ann, bob]) await until("both", async () => String(await answers(page)) === String(two));
+  await ann.reload();
+  await until("the results again", async () => String(await answers(ann)) === String(two));
+  assert.deepEqual(await items(ann, ".mine"), ["eight: 1"]);
+  await host.click("#host button");
+  await until("another round", async () => String(await answers(bob)) === "six: 0,eight: 0,ten: 0");
+});
+
+for (const [kind, at] of [["polls", site], ["streams", live]]) {
+  test(`whiteboard: a flood of pointer moves arrives whole, and who comes late sees it, by ${kind}`, async (t) => {
+    const visit = visitor(t, example("whiteboard", "board", at));
+    const [ann, bob] = [await visit(), await visit()];
+    await ann.mouse.move(300, 300);
+    await ann.mouse.down();
+    await ann.evaluate(async () => {
+      for (let n = 1; n <= 20_000; n++) {
+        const [clientX, clientY] = [300 + 250 * Math.cos(n / 50), 300 + 200 * Math.sin(n / 70)];
+        canvas.dispatchEvent(new PointerEvent("pointermove", { clientX, clientY }));
+        if (n % 100 === 0) await new Promise((resolve) => setTimeout(resolve));
+      }
+    });
+    await ann.mouse.up();
+    const drawn = (page) => page.evaluate(() => JSON.stringify([...lines.values()]));
+    const image = (page) => page.evaluate(() => canvas.toDataURL());
+    await until("all to leave", () => ann.evaluate(() => !bus.bufferedAmount && points.length < 4));
+    const sent = JSON.parse(await drawn(ann));
+    // Two numbers a point, and each piece but the first begins where the one before it ended.
+    assert.equal(sent.flatMap((line) => line.points).length, 2 * (20_001 + sent.length - 1));
+    assert(sent.length < 2_000, `${sent.length} messages`);
+    await until("all", async () => (await drawn(bob)) === (await drawn(ann)));
+    const zoe = await visit();
+    await until("the copy", async () => (await drawn(zoe)) === (await drawn(ann)));
+    const [first, second, third] = await Promise.all([ann, bob, zoe].map(image));
+    assert(first === second && second === third && first.length > 10_000);
+    await zoe.click("button");
+    await until("a clean sheet", async () => (await drawn(ann)) === "[]" && (await drawn(bob)) === "[]");
+  });
+}
+
+test("lobby: who is there, after a reload too, and who has left", async (t) => {
+  const visit = visitor(t, example("lobby", "lobby"));
+  const [ann, bob] = [await visit(), await visit()];
+  const people = (page) => items(page, "li");
+  const rename = (page, name) =>
+    page.$eval("input", (input, name) => {
+      input.value = name;
+      for (const type of ["input", "change"]) input.dispatchEvent(new Event(type));
+    }, name);
+  await rename(ann, "Ann");
+  await rename(bob, "Bob");
+  await until("each other", async () => String(await people(ann)) === "Ann (you),Bob");
+  await until("each other", async () => String(await people(bob)) === "Bob (you),Ann");
+  await ann.reload();
+  await until("Ann again", async () => String(await people(bob)) === "Bob (you),Ann");
+  await until("both again", async () => String(await people(ann)) === "Ann (you),Bob");
+  const zoe = await visit();
+  await until("three", async () => (await people(zoe)).slice(1).sort().join() === "Ann,Bob");
+  // A page that only falls silent would stay for longer than we wait.
+  await bob.goto("about:blank");
+  await until("Bob to leave", async () => !String(await people(ann)).includes("Bob"));
+});
+
+test("game: all pages end with one game, whoever was first, and who comes late too", async (t) => {
+  const visit = visitor(t, example("game", "game"));
+  const [ann, bob] = [await visit(), await visit()];
+  const game = (page) => page.evaluate(() => JSON.stringify([bus.bufferedAmount, game, played()]));
+  // All know what they sent themselves, so nothing can come that changes the game.
+  const same = (turns, ...pages) =>
+    until(`${turns} turns`, async () => {
+      const games = await Promise.all(pages.map(game));
+      const [buffered, , list] = JSON.parse(games[0]);
+      return games.every((each) => each === games[0]) && buffered === 0 && list.length === turns;
+    });
+  const click = (page, cell) => page.evaluate((cell) => document.querySelectorAll("#cells button")[cell].click(), cell);
+  await click(ann, 4);
+  await same(1, ann, bob);
+  // Both take the next turn: one of them has it.
+  await Promise.all([click(ann, 0), click(bob, 8)]);
+  await same(2, ann, bob);
+  const zoe = await visit();
+  await same(2, ann, bob, zoe);
+  assert.equal((await items(zoe, "#cells button")).filter((mark) => mark.trim()).sort().join(), "O,X");
+  await Promise.all([ann.click("#again"), zoe.click("#again")]);
+  await same(0, ann, bob, zoe);
+  await click(zoe, 2);
+  await same(1, ann, bob, zoe);
+});
+
+test("game: messages lead to the same game in any order", async (t) => {
+  const page = await visitor(t, example("game", "game"))();
+  const moves = [
+    [10, { start: true }],
+    [20, { start: true }],
+    [21, { follows: 10, cell: 3 }],
+    [30, { follows: 20, cell: 4 }],
+    [31, { follows: 20, cell: 5 }],
+    [40, { follows: 31, cell: 6 }],
+    [50, { follows: 30, cell: 7 }],
+  ];
+  const games = await page.evaluate((given) => {
+    const play = () => {
+      const shuffled = given.map((move) => [Math.random(), move]).sort(([one], [two]) => one - two);
+      game = 0;
+      moves.clear();
+      for (const [, move] of shuffled) apply(...move);
+      return String(played().map(({ cell }) => cell));
+    };
+    return Array.from({ length: 500 }, play);
+  }, moves);
+  assert.deepEqual([...new Set(games)], ["4,7"]);
+});
+
+test("dashboard: behind a proxy, what was published before and what is published now", async (t) => {
+  const url = example("dashboard", "dashboard", live);
+  const [, lines] = /Behind a proxy[^]*?\n\n((?: {4}.*\n)+)/.exec(file("docs/recipes.md"));
+  const proxy = await startNginxProxy(live, lines);
+  t.after(proxy.close);
+  const bus = proxy.origin + new URL(live.bus("dashboard")).pathname;
+  const shell = (line) => {
+    const { status, stderr } = spawnSync("sh", ["-ec", line.replaceAll("http://localhost/cgi-bin/dashboard", bus)]);
+    assert.equal(status, 0, String(stderr));
+  };
+  const line = (after) => file("docs/recipes.md").split(after)[1].split("\n    ")[1].split("\n")[0];
+  const cron = line("Every minute").replace("* * * * * nobody ", "");
+  shell(cron);
+  const visit = visitor(t, proxy.origin + new URL(url).pathname);
+  const page = await visit();
+  await until("what lives", async () => /^load\t[0-9.]+$/.test(await text(page, "table")));
+  shell(line("## Publish from a shell, from cron"));
+  await until("what is new", async () => (await text(page, "table")) === "load\t0.7");
+  await until("a stream", () => page.evaluate(() => bus.transport === "stream"));
+  assert.equal(await text(page, "#state"), "live");
+  // A page of this site may publish, too.
+  await page.evaluate(() => bus.send({ name: "load", value: 1 }));
+});
