@@ -1300,10 +1300,14 @@ test("two clients of a bus in a lone page hear by one stream, and no tab is spok
 // In Firefox the tabs of a site may share a process, which then stands still as a whole.
 test("Chromium: while the tab that leads stands still, the others hear", async (t) => {
   const treat = (pass, request) => {
-    if (request.url === "/still") return still;
+    if (request.url === "/still") {
+      isStill = true;
+      return still;
+    }
     return request.url.includes("stream=1") ? pass.on() : pass();
   };
   let open;
+  let isStill = false;
   const still = new Promise((resolve) => (open = () => resolve({ body: "" })));
   const [, , pages] = await through(t, "still-Chromium", treat, live, 2, chromium);
   await evaluate(pages, () => {
@@ -1320,6 +1324,7 @@ test("Chromium: while the tab that leads stands still, the others hear", async (
     request.open("GET", "/still", false);
     request.send();
   });
+  await until("it to stand still", () => isStill);
   await hear([other], "still-Chromium", 3, 6);
   assert.deepEqual(await ways([other]), ["poll"]);
   open();
