@@ -11,6 +11,7 @@ const UPGRADE_INTERVAL = 300_000; // milliseconds until a better transport is tr
 const MAX_FAILURES = 3; // of a transport while plain polls work; then the next one is used
 const [STREAM, LONG_POLL, POLL] = [0, 1, 2]; // transports, the best one first
 const PAGE = globalThis.performance?.timeOrigin; // tells a client in this page from one in another tab
+const isPage = (list) => Array.isArray(list) && list.every((message) => isId(message?.id));
 const isHidden = () => !!globalThis.document?.hidden;
 
 /** Receives messages by the best transport that works. A change loses nothing: each goes on from the cursor. */
@@ -244,9 +245,8 @@ class Receiver {
   async #poll(wait, abort = this.#abort) {
     const wasLeader = this.#tabs.isLeader;
     const query = `?${this.#userFilter()}id=${this.lastId}${wait ? `&wait=${wait}` : ""}`;
-    const isValid = (list) => Array.isArray(list) && list.every((message) => isId(message?.id));
     const timeout = wait ? wait * 1_000 + REQUEST_TIMEOUT : POLL_TIMEOUT;
-    const { json: messages, headers, length } = await this.#session.request(query, { isValid, timeout, abort });
+    const { json: messages, headers, length } = await this.#session.request(query, { isValid: isPage, timeout, abort });
     const last = Number(headers.get("Shortbus-Last-Id"));
     this.#polledAt = Date.now();
     this.#deliver({ messages, missed: headers.has("Shortbus-Missed"), last }, wasLeader);
@@ -255,10 +255,9 @@ class Receiver {
 
   /** What lives, up to the cursor. */
   async *backlog() {
-    const isValid = (list) => Array.isArray(list) && list.every((message) => isId(message?.id));
     const end = this.lastId;
     for (let id = 0; id < end; ) {
-      const { json, headers } = await this.#session.request(`?id=${id}`, { isValid, timeout: POLL_TIMEOUT });
+      const { json, headers } = await this.#session.request(`?id=${id}`, { isValid: isPage, timeout: POLL_TIMEOUT });
       if (!json.length) return;
       yield* json.filter((message) => message.id <= end);
       id = Number(headers.get("Shortbus-Last-Id")) || Infinity;
