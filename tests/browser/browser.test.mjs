@@ -1294,7 +1294,11 @@ test("two clients of a bus in a lone page hear by one stream, and no tab is spok
   assert(await page.evaluate(() => buses[0].send("x")));
   await page.evaluate(() => buses[0].close());
   await until("its own", () => page.evaluate(() => buses[1].connected && buses[1].transport === "stream"));
-  assert.equal(await page.evaluate(streams), 1); // the one that has ended
+  await until("the one that has ended", () => page.evaluate(streams));
+  const heard = page.evaluate(() => new Promise((resolve) => (buses[1].onmessage = ({ data }) => resolve(data))));
+  await live.publish(live.bus("lone"), "y");
+  assert.equal(await heard, "y");
+  assert.equal(await page.evaluate(streams), 1);
 });
 
 // In Firefox the tabs of a site may share a process, which then stands still as a whole.
