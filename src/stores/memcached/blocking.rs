@@ -6,7 +6,6 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use memcache::exp::Error;
@@ -36,9 +35,7 @@ impl Memcached {
         let server = server_for(servers, bus).to_owned();
         let started = Instant::now();
         let socket = connect(&server, started).map_err(|error| connect_error(&server, error))?;
-        // std's sockets raise no SIGPIPE; to read, write and time-outs a connected unix socket is the same as TCP.
-        let reader = BufReader::new(TcpStream::from(OwnedFd::from(socket)));
-        Ok(Memcached { reader, server, prefix: key_prefix(bus), started })
+        Ok(Memcached { reader: BufReader::new(socket), server, prefix: key_prefix(bus), started })
     }
 
     /// Which of the servers it is, as it was configured.

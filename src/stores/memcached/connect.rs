@@ -1,7 +1,8 @@
 //! Connecting to memcached, bounded in time.
 
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,10 @@ pub fn left(started: Instant) -> Duration {
 
 /// Connects, looking the name up first where it is one. SO_SNDTIMEO bounds connect(2) for both kinds of socket;
 /// without it a memcached that accepts no more holds every request that comes to a unix socket for ever.
-pub fn connect(server: &str, started: Instant) -> io::Result<Socket> {
+///
+/// A socket of std's, which raises no SIGPIPE where memcached has closed: socket2's would end the process. To read,
+/// write and time-outs a connected unix socket is the same as TCP.
+pub fn connect(server: &str, started: Instant) -> io::Result<TcpStream> {
     if server.starts_with('/') {
         return dial(Domain::UNIX, &SockAddr::unix(server)?, left(started));
     }
@@ -29,7 +33,7 @@ pub fn connect(server: &str, started: Instant) -> io::Result<Socket> {
         result = dial(Domain::for_address(*address), &SockAddr::from(*address), left(started) / more);
         if let Ok(socket) = &result {
             // Without it the end of a large message waits for a delayed acknowledgement, 40 ms.
-            socket.set_tcp_nodelay(true)?;
+            socket.set_nodelay(true)?;
             break;
         }
     }
@@ -46,7 +50,7 @@ fn resolve(server: &str, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
     receiver.recv_timeout(timeout).unwrap_or_else(late)
 }
 
-fn dial(domain: Domain, address: &SockAddr, timeout: Duration) -> io::Result<Socket> {
+fn dial(domain: Domain, address: &SockAddr, timeout: Duration) -> io::Result<TcpStream> {
     let socket = Socket::new(domain, Type::STREAM, None)?;
     // Zero would mean "for ever".
     socket.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
@@ -55,7 +59,7 @@ fn dial(domain: Domain, address: &SockAddr, timeout: Duration) -> io::Result<Soc
         Some(EINPROGRESS | EAGAIN) => io::Error::new(io::ErrorKind::TimedOut, "connect timed out"),
         _ => error,
     })?;
-    Ok(socket)
+    Ok(OwnedFd::from(socket).into())
 }
 
 const EAGAIN: i32 = 11;

@@ -11,8 +11,6 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::TcpStream as StdTcpStream;
-use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
 use std::thread;
@@ -108,8 +106,7 @@ async fn dial(server: &str) -> Result<TcpStream> {
         thread::Builder::new().spawn(move || sender.send(connect(&name, Instant::now())))?;
         let socket = receiver.await.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()))?;
         socket.set_nonblocking(true)?;
-        // As in the blocking driver: to read and write, a connected unix socket is the same.
-        TcpStream::from_std(StdTcpStream::from(OwnedFd::from(socket)))
+        TcpStream::from_std(socket)
     };
     connected.await.map_err(|error| connect_error(server, error))
 }
