@@ -105,15 +105,16 @@ impl Program {
 struct Job<'a> {
     program: &'a Program,
     env: Vec<(&'static str, String)>,
-    body: &'static str,
-    expect: &'static str,
+    body: String,
+    /// What the reply holds.
+    expect: &'a str,
     /// A send that may be repeated: whether it is signed.
     once: Option<bool>,
 }
 
 impl<'a> Job<'a> {
     /// A poll.
-    fn get(program: &'a Program, memcached: &Memcached, bus: &str, cursor: u64, expect: &'static str) -> Job<'a> {
+    fn get(program: &'a Program, memcached: &Memcached, bus: &str, cursor: u64, expect: &'a str) -> Job<'a> {
         let env = vec![
             ("GATEWAY_INTERFACE", "CGI/1.1".into()),
             ("REQUEST_METHOD", "GET".into()),
@@ -121,16 +122,28 @@ impl<'a> Job<'a> {
             ("SHORTBUS_MEMCACHED", memcached.address.clone()),
             ("SHORTBUS_BUS", bus.into()),
         ];
-        Job { program, env, body: "", expect, once: None }
+        Job { program, env, body: String::new(), expect, once: None }
     }
 
     /// A publish.
-    fn post(program: &'a Program, memcached: &Memcached, bus: &str, expect: &'static str) -> Job<'a> {
+    fn post(program: &'a Program, memcached: &Memcached, bus: &str, expect: &'a str) -> Job<'a> {
         let mut job = Job::get(program, memcached, bus, 0, expect);
         job.env[1].1 = "POST".into();
         job.env[2].1 = "user=1".into();
-        job.env.push(("CONTENT_LENGTH", BODY.len().to_string()));
-        Job { body: BODY, ..job }
+        job.with_body(BODY.into())
+    }
+
+    /// A publish of sixteen messages.
+    fn batch(program: &'a Program, memcached: &Memcached, bus: &str) -> Job<'a> {
+        let mut job = Job::post(program, memcached, bus, PUBLISHED);
+        job.env[2].1.push_str("&batch=1");
+        job.env.pop();
+        job.with_body(format!("[{}]", [BODY; 16].join(",")))
+    }
+
+    fn with_body(mut self, body: String) -> Job<'a> {
+        self.env.push(("CONTENT_LENGTH", body.len().to_string()));
+        Job { body, ..self }
     }
 
     /// A publish with `once`, on a bus with these settings: signed where there are any.
@@ -276,6 +289,8 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
     let mut local = Local::new(store_folder::Folder::named(&store.0), b"idle", limits::STORE_BYTES, WholeProcess);
     let local_idle = block_on(bus::join(&mut local)).unwrap();
     let far = 1_000_000_000_000_000;
+    let behind = thousand - 1_000 * limits::SLOT_MESSAGES;
+    let first = format!(r#"[{{"id":{},"user":1,"#, behind + limits::SLOT_MESSAGES);
     let jobs = [
         Job::get(fixed, tcp, "idle", idle, EMPTY),
         Job::get(raw, tcp, "idle", idle, EMPTY),
@@ -286,7 +301,7 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
         Job::get(shortbus, unix, "idle", fill(unix, "idle", 0), EMPTY),
         Job::post(raw, unix, "published", EMPTY),
         Job::post(shortbus, unix, "published", PUBLISHED),
-        Job::get(shortbus, tcp, "thousand", thousand - 1_000, MESSAGE),
+        Job::get(shortbus, tcp, "thousand", behind, &first),
         Job::get(shortbus, tcp, "idle", idle - far, EMPTY),
         Job::get(shortbus, tcp, "busy", busy - far, MESSAGE),
         Job::once(shortbus, tcp, "published", &[]),
@@ -295,6 +310,7 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
         Job::get(shortbus, tcp, "idle", local_idle, EMPTY).in_file(&store),
         Job::post(shortbus, tcp, "published", PUBLISHED).in_file(&store),
         Job::once(shortbus, tcp, "published", &[]).in_file(&store),
+        Job::batch(shortbus, tcp, "published"),
     ];
     let samples = interleave(jobs.len(), SPAWNS, |job| jobs[job].time());
     let ratio = |job: usize, to: usize| median(&samples[job]) / median(&samples[to]);
@@ -325,14 +341,19 @@ fn one_process(table: &mut Table, tcp: &Memcached, unix: &Memcached) {
         table.row(&format!("**{what}**, local store"), time(job), format!("{:.2} × fixed", ratio(job, 0)));
     }
 
-    let counts = [0, 1, 2, 4, 12, 13].map(|job| jobs[job].instructions());
-    let [fixed, raw, poll, publish, once, signed] = counts.map(|count| format!("{:.0},000", count / 1e3));
-    let others = format!("fixed {fixed}, raw {raw}, publish {publish}, with `once` {once}, signed {signed}");
-    table.row("Instructions, empty poll", poll, others);
-    let calls = [0, 1, 2, 4, 12, 13].map(|job| jobs[job].system_calls());
-    let [fixed, raw, poll, publish, once, signed] = [0, 1, 2, 3, 4, 5].map(|n| calls[n].len());
-    let others = format!("fixed {fixed}, raw {raw}, publish {publish}, with `once` {once}, signed {signed}");
-    table.row("System calls, empty poll", poll, others);
+    let compared = format!("{:.2} × publish", ratio(18, 4));
+    table.row("**Publish** of a batch of 16, TCP", time(18), compared);
+
+    let counts = [0, 1, 2, 4, 12, 13, 18].map(|job| jobs[job].instructions());
+    let counts = counts.map(|count| format!("{:.0},000", count / 1e3));
+    let others = |[fixed, raw, _, publish, once, signed, batch]: &[String; 7]| {
+        let publishes = format!("publish {publish}, with `once` {once}, signed {signed}, of a batch of 16 {batch}");
+        format!("fixed {fixed}, raw {raw}, {publishes}")
+    };
+    table.row("Instructions, empty poll", &counts[2], others(&counts));
+    let calls = [0, 1, 2, 4, 12, 13, 18].map(|job| jobs[job].system_calls());
+    let counts = [0, 1, 2, 3, 4, 5, 6].map(|n| calls[n].len().to_string());
+    table.row("System calls, empty poll", &counts[2], others(&counts));
     let list: Vec<String> = calls[2]
         .chunk_by(|a, b| a == b)
         .map(|same| if same.len() > 1 { format!("{} {}", same.len(), same[0]) } else { same[0].clone() })
