@@ -22,6 +22,8 @@ const POLLERS: usize = 8;
 const MESSAGES: usize = 30;
 /// What each publisher sends in all where it sends everything twice, and for how long some are killed.
 const SENDS: usize = 30;
+/// Messages in each of them in turn: those of more than one are a batch.
+const SIZES: [usize; 5] = [1, 2, 16, 1, 256];
 const KILLING: Duration = Duration::from_secs(4);
 
 /// A message as heard: its id, and what it says.
@@ -179,12 +181,16 @@ fn on_the_local_store_every_send_made_twice_and_again_until_answered_is_one_mess
     on_the_local_store(|| every_send_is_one_message(true));
 }
 
-/// Makes one request again and again until it is answered: the id, and how often it was made again.
-fn send_until_answered(site: &Site, target: &str, body: &str, started: Instant) -> (u64, usize) {
+/// Makes one request again and again until it is answered: the ids, and how often it was made again.
+fn send_until_answered(site: &Site, target: &str, body: &str, started: Instant) -> (Vec<u64>, usize) {
     for again in 0.. {
         let reply = site.post(target, body);
         match reply.outcome() {
-            (200, _) => return (reply.json()["id"].as_u64().unwrap(), again),
+            (200, _) => {
+                let json = reply.json();
+                let ids = json["ids"].as_array().cloned().unwrap_or_else(|| vec![json["id"].clone()]);
+                return (ids.iter().map(|id| id.as_u64().unwrap()).collect(), again);
+            }
             // The web server's own answer: the process was killed.
             (500, code) if code.is_empty() => {}
             // The first request is at work, or was killed.
@@ -210,14 +216,14 @@ struct Senders<'a> {
 }
 
 impl Senders<'_> {
-    fn send(&self, target: &str, body: &str) -> u64 {
-        let (id, again) = send_until_answered(self.site, target, body, self.started);
+    fn send(&self, target: &str, body: &str) -> Vec<u64> {
+        let (ids, again) = send_until_answered(self.site, target, body, self.started);
         self.again.fetch_add(again, Ordering::SeqCst);
-        id
+        ids
     }
 
     /// Sends at the same moment, or one right after the other.
-    fn send_twice(&self, target: &str, body: &str, together: bool) -> [u64; 2] {
+    fn send_twice(&self, target: &str, body: &str, together: bool) -> [Vec<u64>; 2] {
         if !together {
             return [self.send(target, body), self.send(target, body)];
         }
@@ -230,15 +236,19 @@ impl Senders<'_> {
     fn send_some(&self, publisher: usize) {
         let signer = self.signed.then(|| self.site.join_signed("chat"));
         for n in 0..SENDS {
-            let (text, once) = (format!("{publisher}-{n}"), format!("k{n}"));
-            let body = format!("\"{text}\"");
+            let once = format!("k{n}");
+            let size = SIZES[n % SIZES.len()];
+            let texts: Vec<String> = (0..size).map(|part| format!("{publisher}-{n}-{part}")).collect();
+            let (body, batch) =
+                if size == 1 { (format!("{:?}", texts[0]), "") } else { (format!("{texts:?}"), "&batch=1") };
             let target = match &signer {
-                Some(signer) => format!("chat?{}", signer.query(unix_millis(), &once, &body)),
-                None => format!("chat?user={publisher}&once={once}"),
+                Some(signer) => format!("chat?{}{batch}", signer.query(unix_millis(), &once, &body)),
+                None => format!("chat?user={publisher}&once={once}{batch}"),
             };
-            let ids = self.send_twice(&target, &body, n % 2 == 0);
-            assert_eq!(ids[0], ids[1], "{text}");
-            assert_eq!(self.told.lock().unwrap().insert(ids[0], text), None, "an id twice");
+            let [ids, twice] = self.send_twice(&target, &body, n % 2 == 0);
+            assert_eq!((&ids, ids.len()), (&twice, texts.len()), "{once}");
+            let mut told = self.told.lock().unwrap();
+            ids.into_iter().zip(texts).for_each(|(id, text)| assert_eq!(told.insert(id, text), None, "an id twice"));
         }
         self.working.fetch_sub(1, Ordering::SeqCst);
     }
@@ -284,7 +294,7 @@ fn every_send_is_one_message(signed: bool) {
     let (again, took) = (senders.again.into_inner(), senders.started.elapsed());
     println!("{} heard, {killed} killed, {again} requests made again, {took:?}", heard.len());
     let told = senders.told.into_inner().unwrap();
-    assert_eq!(told.len(), PUBLISHERS * SENDS);
+    assert_eq!(told.len(), PUBLISHERS * SENDS / SIZES.len() * SIZES.iter().sum::<usize>());
     assert_eq!(heard, told.into_iter().collect::<Heard>());
     assert!(killed >= 10, "too few were killed to prove anything");
 }

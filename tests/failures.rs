@@ -160,11 +160,16 @@ fn a_full_memcached_refuses_and_nothing_is_acknowledged_that_is_not_stored(front
     // Without evictions, and with so little memory that it is full soon.
     let site = Site::on(front, Memcached::start(&["-M", "-m", "2"]), &[("chat", &[("SHORTBUS_MAX_BYTES", "100000")])]);
     let (_, start) = site.join("chat");
-    let body = format!("\"{}\"", "x".repeat(90_000));
+    let text = format!("\"{}\"", "x".repeat(45_000));
+    let batch = format!("[{text},{text}]");
     let (mut stored, mut refused) = (0, 0);
-    while refused < 3 {
-        match site.post("chat?user=1", &body) {
-            reply if reply.status == 200 => stored += 1,
+    // By turns a message, and two in one request.
+    for (target, body, messages) in [("chat?user=1", &text, 1), ("chat?user=1&batch=1", &batch, 2)].iter().cycle() {
+        if refused == 6 {
+            break;
+        }
+        match site.post(target, body) {
+            reply if reply.status == 200 => stored += messages,
             reply => {
                 assert_eq!(reply.outcome(), (503, "memcached_full".into()));
                 refused += 1;
