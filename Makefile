@@ -1,14 +1,20 @@
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 # Static: a third of a request's time is saved at start-up, and one file runs on every Linux of its architecture.
-CARGO = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo
-CGIBIN = /usr/lib/cgi-bin
-NAME = chat
+# No path of the machine that built it gets into it.
+CARGO_HOME ?= $(HOME)/.cargo
+CARGO = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static --remap-path-prefix=$(CARGO_HOME)=/cargo" cargo
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+# Where make install puts it, and below which folder it takes that place to be: for who makes packages.
+prefix = /usr/local
+DESTDIR =
+INTO = "$(DESTDIR)$(prefix)"
+PAGES = README.md CHANGELOG.md LICENSE SECURITY.md apache-example.conf docs examples
 # A shell older than the Rust installation has not heard of it yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 # Here, wherever the user's Rust builds else: what is built is copied from here.
 export CARGO_TARGET_DIR := $(CURDIR)/target
 
-.PHONY: build demo test bench install clean rust
+.PHONY: build demo test bench man install uninstall dist clean rust
 
 build: rust
 	$(CARGO) build --release --locked --target $(HOST)
@@ -19,7 +25,7 @@ demo: NEEDS = apache2 curl
 demo: build
 	@tests/demo.sh
 
-test: NEEDS = memcached apache2 mod_fcgid mod_evasive nginx fcgiwrap lighttpd spawn-fcgi systemd-socket-activate curl openssl ip python3 php chromium firefox-esr node npm
+test: NEEDS = memcached apache2 mod_fcgid mod_evasive nginx fcgiwrap lighttpd spawn-fcgi systemd-socket-activate curl openssl ip python3 php dpkg-deb lintian man chromium firefox-esr node npm
 test: build
 	cargo test --locked
 
@@ -29,16 +35,35 @@ bench: build
 	$(CARGO) build --release --locked --target $(HOST) --package baseline
 	$(CARGO) bench --locked --target $(HOST)
 
+# The manual page, of what people read elsewhere too; a test compares.
+man:
+	@awk -v version=$(VERSION) -f packaging/man.awk src/help.txt title=Examples section='From a terminal' README.md \
+		title=Environment section= docs/settings.md title=Errors section=Errors docs/http.md
+
 # Not built here: root often has no Rust.
 install:
 	@test -x cgi-bin/shortbus || { echo "Nothing to install yet: run make first." >&2; exit 1; }
-	install -d "$(DESTDIR)$(CGIBIN)"
-	install -m 755 cgi-bin/shortbus "$(DESTDIR)$(CGIBIN)/.$(NAME).new"
-	mv -f "$(DESTDIR)$(CGIBIN)/.$(NAME).new" "$(DESTDIR)$(CGIBIN)/$(NAME)"
+	install -d $(INTO)/bin $(INTO)/share/man/man1 $(INTO)/share/doc/shortbus $(INTO)/lib/systemd/system
+	@# By rename: a process that runs keeps its file, and none ever starts half of one.
+	install -m 755 cgi-bin/shortbus $(INTO)/bin/.shortbus.new && mv -f $(INTO)/bin/.shortbus.new $(INTO)/bin/shortbus
+	install -m 644 docs/shortbus.1 $(INTO)/share/man/man1
+	cp -R $(PAGES) $(INTO)/share/doc/shortbus
+	for unit in shortbus.service shortbus.socket; do \
+		sed 's|/usr/local/bin|$(prefix)/bin|' examples/systemd/$$unit >$(INTO)/lib/systemd/system/$$unit || exit; done
+
+uninstall:
+	rm -f $(INTO)/bin/shortbus $(INTO)/share/man/man1/shortbus.1 $(INTO)/lib/systemd/system/shortbus.service \
+		$(INTO)/lib/systemd/system/shortbus.socket
+	rm -rf $(INTO)/share/doc/shortbus
+
+# What people download: the same bytes wherever it is built, by the same Rust and C library.
+dist: NEEDS = dpkg-deb
+dist: build
+	packaging/dist.sh $(VERSION) $(HOST) $(PAGES)
 
 clean:
 	cargo clean
-	rm -f cgi-bin/shortbus
+	rm -rf cgi-bin/shortbus dist
 
 rust:
 	@command -v cargo >/dev/null || { echo "shortbus is built with Rust: install it from https://rustup.rs and run make again." >&2; exit 1; }

@@ -14,29 +14,8 @@ use crate::stores::local::{Local, WholeProcess};
 use crate::stores::memcached::blocking::Memcached;
 use crate::variables::Variables;
 
-const HELP: &str = "\
-shortbus: a broadcasting message bus for browser pages, in one executable, for CGI and FastCGI.
-
-Copy this file into a web server's cgi-bin. The copy's name is a bus:
-  cp cgi-bin/shortbus /usr/lib/cgi-bin/chat
-
-  GET  /cgi-bin/chat                join: {\"user\":U,\"id\":N}
-  GET  /cgi-bin/chat?user=U&id=N    poll: the messages after N that U did not send
-  POST /cgi-bin/chat?user=U         publish the JSON value in the body; with &once=K at most once for each K
-
-Started with a listening socket as fd 0 (spawn-fcgi, systemd), this file stays up and serves FastCGI. Polls may then wait,
-&wait=60, or stream, &stream=1. README.md and docs/ tell more, also of signed buses.
-
-By hand:
-  --check      show the settings and where the bus lives, try all that a bus needs there
-  --version    show the version
-  --help       show this
-
-The web server sets settings, as environment variables: SHORTBUS_TTL, SHORTBUS_MAX_BYTES, SHORTBUS_MEMCACHED,
-SHORTBUS_STORE, SHORTBUS_STORE_BYTES, SHORTBUS_BUS, SHORTBUS_ALLOW_ORIGIN, SHORTBUS_WAIT, SHORTBUS_AUTH, SHORTBUS_KEY.
-docs/settings.md says what each does. A bus needs none: it lives in the memcached 1.6.10 or later that answers at
-127.0.0.1:11211, or where there is none, in a file in /dev/shm.
-";
+/// The manual page begins with it too: see `packaging/man.awk`.
+const HELP: &str = include_str!("help.txt");
 
 /// Runs one command. Returns the exit code (0 well, 1 the check failed, 2 no such command) and the text: for stderr
 /// where the code is 2, else for stdout.

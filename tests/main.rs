@@ -8,6 +8,7 @@ mod browser;
 mod cli;
 mod delivery;
 mod demo;
+mod dist;
 mod docs;
 mod examples;
 mod failures;

@@ -34,6 +34,8 @@ package() {
         dnf/ip) echo iproute ;;
         */ip) echo iproute2 ;;
         */node) echo nodejs ;;
+        */dpkg-deb) echo dpkg ;;
+        */man) echo man-db ;;
         pacman/python3) echo python ;;
         apt-get/php | dnf/php) echo php-cli ;;
         dnf/npm) echo nodejs-npm ;;
