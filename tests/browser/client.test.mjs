@@ -1085,6 +1085,42 @@ test("what the bus does not say itself is tried again: other programs' refusals"
   assert.deepEqual([bus.events.error, new Set(posts(proxy).map(once)).size, posts(proxy).length], [[], 1, 14]);
 });
 
+test("under mod_evasive, which refuses with a 403 whoever is quick, every message arrives, in order", async (t) => {
+  const evasive = await startSite(() => ({}), (site) => `
+    LoadModule evasive20_module /usr/lib/apache2/modules/mod_evasive20.so
+    StartServers 1
+    ServerLimit 1
+    DOSPageCount 3
+    DOSPageInterval 1
+    DOSBlockingPeriod 1
+    DOSLogDir ${site.folder}`);
+  t.after(() => evasive.close());
+  const url = evasive.bus("chat");
+  const first = (await evasive.ask(url)).json.id;
+  const statuses = [];
+  const [bus] = await sender(t, url, async (pass) => {
+    const reply = await pass();
+    statuses.push(reply.status);
+    return reply;
+  });
+  await sendSlowly(bus, numbers(0, 40), 25);
+  bus.close(); // and its polls
+  assert(statuses.includes(403), "none was refused");
+  const heard = await until("room", () => evasive.ask(`${url}?id=${first}`).then(({ json }) => json, () => null));
+  assert.deepEqual(heard.map(({ data }) => data), numbers(0, 40));
+});
+
+test("a signed bus whose 403 the web server replaces is joined anew when it lost its key", async (t) => {
+  const pages = await startFastcgiSite("nginx", () => "fastcgi_intercept_errors on; error_page 403 409 /error.html;");
+  t.after(() => pages.close());
+  pages.serve("error.html", "<h1>No.");
+  const bus = await joined(t, pages.bus("signed-chat"));
+  await bus.send("before");
+  await pages.restartMemcached();
+  assert(await bus.send("after"));
+  assert.equal(bus.events.rejoin.length, 1);
+});
+
 test("a refusal that does not pass is told after the deadline, with what to do about it", async (t) => {
   for (const [status, sentence] of [
     [401, /log in.*'headers'/], [403, /answered 403 .*access rules.*error log/], [404, /no bus at this URL/],

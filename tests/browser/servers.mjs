@@ -78,11 +78,12 @@ class Site {
   folder = mkdtempSync(join(tmpdir(), "shortbus-browser-"));
   socket = join(this.folder, "memcached");
 
-  constructor(settings) {
+  constructor(settings, lines = () => "") {
     atEnd(() => process.env.TEST_KEEP || rmSync(this.folder, { recursive: true, force: true, maxRetries: 5 }));
     chmodSync(this.folder, 0o755);
     for (const name of ["cgi-bin", "pages", "pages/strict"]) mkdirSync(join(this.folder, name));
     this.settings = settings;
+    this.lines = lines; // of its configuration, beside the bus's
   }
 
   /** The bus of this name, as `cp cgi-bin/shortbus .../name` makes it: its URL. */
@@ -200,6 +201,7 @@ class Site {
         Header set Content-Security-Policy "${POLICY}"
       </Location>
       ${shortbus}
+      ${this.lines(this)}
       ${buses.map(([bus, list]) => `<Location /cgi-bin/${bus}>\n${set(list).join("")}</Location>\n`).join("")}
     `;
   }
@@ -282,6 +284,7 @@ class FastcgiSite extends Site {
         server {
           listen 127.0.0.1:${this.port};
           root ${root}/pages;
+          ${this.lines(this)}
           location /strict/ { add_header Content-Security-Policy "${POLICY}"; }
           ${named("signed-[^/]+", "fastcgi_param SHORTBUS_AUTH signed;\n")}
           ${named("[^/]+", "")}
@@ -313,16 +316,16 @@ class ProxyFcgiSite extends FastcgiSite {
   }
 }
 
-/** A site with event streams and long polls, up. */
-export async function startFastcgiSite(server = "nginx") {
-  const site = server === "nginx" ? new FastcgiSite() : new ProxyFcgiSite(() => ({}));
+/** A site with event streams and long polls, up; `lines(site)` are more of its configuration. */
+export async function startFastcgiSite(server = "nginx", lines) {
+  const site = new { nginx: FastcgiSite, Apache: ProxyFcgiSite }[server](() => ({}), lines);
   await Promise.all([site.startMemcached(), site.startFastcgi(), site.startApache()]);
   return site;
 }
 
-/** A site, up; `settings(site)` gives those of single buses by their names. */
-export async function startSite(settings = () => ({})) {
-  const site = new Site(settings);
+/** A site, up; `settings(site)` gives those of single buses by their names, `lines(site)` are more of its configuration. */
+export async function startSite(settings = () => ({}), lines) {
+  const site = new Site(settings, lines);
   await Promise.all([site.startMemcached(), site.startApache()]);
   return site;
 }
