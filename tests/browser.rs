@@ -54,6 +54,11 @@ fn the_client_keeps_its_promises_in_node() {
 }
 
 #[test]
+fn the_client_reads_streams_by_the_standard_however_they_are_cut() {
+    test("fuzz.test.mjs");
+}
+
+#[test]
 fn the_types_are_what_the_client_has() {
     install();
     test("types.test.mjs");

@@ -12,6 +12,7 @@ mod dist;
 mod docs;
 mod examples;
 mod failures;
+mod fuzz;
 mod growing;
 mod layout;
 mod local_store;
