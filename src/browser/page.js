@@ -9,7 +9,16 @@ const LONG = 500; // characters of a message, beyond which it is folded
 const COLOURED = 20_000; // characters of JSON, beyond which it is set in one colour
 const BUSY = 5; // messages in five seconds, beyond which a screen reader hears how many, not each
 
-const WAYS = { stream: "stream", "long-poll": "long polls", poll: "polls", tab: "another tab's stream" };
+const RECENT = 60_000; // milliseconds for which one who has written counts as here
+const CROWD = 5; // others who are named
+
+const WAYS = { stream: "stream", "long-poll": "long polls", poll: "polls", tab: "another page's stream" };
+const ANIMALS = (
+  "Ant Badger Bat Bear Beaver Bee Bison Camel Cat Crab Crane Crow Deer Dingo Dove Duck Eagle Elk Falcon Finch Fish " +
+  "Fox Frog Gecko Goose Hare Hawk Heron Horse Ibis Jay Kite Koala Lark Lion Llama Lynx Marten Mole Moose Moth Newt " +
+  "Otter Owl Panda Parrot Pony Puma Quail Rabbit Raven Robin Seal Sheep Snail Stork Swan Tiger Toad Trout Whale Wolf " +
+  "Yak Zebra"
+).split(" ");
 
 const $ = (id) => document.getElementById(id);
 const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
@@ -32,32 +41,85 @@ const framed = window.parent !== window; // as the second user
 
 document.documentElement.classList.toggle("framed", framed);
 document.title = `${bus.name} – shortbus`;
-$("name").textContent = bus.name;
+$("name").textContent = framed ? `A second user of ${bus.name}` : bus.name;
+
+function fill(places, text) {
+  for (const place of document.querySelectorAll(places)) place.textContent = text;
+}
+
 // In single quotes for the shell, so there must be none in it.
-for (const place of document.querySelectorAll(".url")) place.textContent = bus.url.replaceAll("'", "%27");
+fill(".url span", bus.url.replaceAll("'", "%27"));
+fill(".path", new URL(bus.url).pathname.replaceAll("&", "&amp;"));
+
+// What scrolls into view stays clear of the head, which stays in sight.
+new ResizeObserver(([{ target }]) => {
+  document.documentElement.style.setProperty("--top", `${target.offsetHeight}px`);
+}).observe(document.querySelector("header"));
+
+// Users. An id has up to 16 digits: short ones are shown as they are, others as a name that everyone derives from them.
+
+const isShort = (user) => user < 10_000;
+const mark = (user) => (isShort(user) ? `user ${user}` : `${ANIMALS[user % 64]} ${10 + (Math.floor(user / 64) % 90)}`);
+
+/** A user's mark: a colour that tells users apart, a name, and the id, for who asks for it. */
+function badge(user, name = mark(user)) {
+  const badge = make("span", { className: "who", title: `user ${user}` }, name);
+  if (!isShort(user) || name !== mark(user)) badge.append(make("span", { className: "id" }, ` ${user}`));
+  badge.style.setProperty("--hue", ((user % 997) * 137.5) % 360);
+  return badge;
+}
+
+const heard = new Map(); // when the others have written, by their user
+
+/**
+ * Those who say that they are there, the one in the frame, and those who wrote a short time ago. This page does not
+ * announce itself: that would be a message to each program on the bus.
+ */
+function showOthers() {
+  for (const [user, at] of heard) if (Date.now() - at > RECENT) heard.delete(user);
+  const near = (framed ? window.parent : window.frames[0])?.document.getElementById("me")?.textContent;
+  const all = new Set([...bus.others.keys(), ...(Number(near) ? [Number(near)] : []), ...heard.keys()]);
+  const users = [...all].filter((user) => user !== bus.user);
+  const more = users.length - CROWD;
+  if (users.join() === $("others").dataset.users) return;
+  $("others").dataset.users = users.join();
+  $("others").replaceChildren(...users.slice(0, CROWD).map((user) => badge(user)));
+  if (more > 0) $("others").append(`and ${more.toLocaleString()} more`);
+  if (!users.length) $("others").append("nobody heard in the last minute");
+}
+
+bus.present();
+
+const ids = (page, shown) => page.documentElement.classList.toggle("ids", shown);
+$("ids").addEventListener("click", () => {
+  const shown = $("ids").getAttribute("aria-pressed") !== "true";
+  $("ids").setAttribute("aria-pressed", shown);
+  for (const { contentDocument } of [{ contentDocument: document }, ...document.querySelectorAll("iframe")]) {
+    if (contentDocument) ids(contentDocument, shown);
+  }
+});
 
 // The state, in words and colour.
 
 let connected; // undefined until the bus was joined, or could not be
 let since;
-let reason;
 
-function setState(now, why = "") {
+function setState(now) {
   if (now !== connected) since = new Date();
   connected = now;
-  reason = why;
   showState();
 }
 
 function showState() {
-  $("user").textContent = bus.user ?? "–";
-  if (bus.user !== undefined) $("user").style.setProperty("--hue", hue(bus.user));
+  if (bus.user !== undefined && $("me").textContent !== String(bus.user)) {
+    $("me").textContent = bus.user;
+    $("user").replaceChildren(badge(bus.user));
+  }
   $("last").textContent = bus.lastId ?? "–";
   $("way").textContent = WAYS[bus.transport] ?? "–";
   showBuffered();
   if (connected === undefined) return;
   const text = make("p", {}, connected ? "connected since " : "not connected since ", time(since));
-  if (reason) text.append(`: ${reason}`);
   // What has not changed is not said again.
   if (text.textContent === $("state").textContent) return;
   $("state").className = connected ? "good" : "bad";
@@ -70,8 +132,58 @@ function showBuffered() {
 }
 
 bus.addEventListener("bufferedamountlow", showBuffered);
-bus.addEventListener("open", () => setState(true));
-bus.addEventListener("error", ({ error }) => bus.connected || setState(false, error.message));
+/** What is wrong, by the server's own sentence; what a page can do about it, where no server says so. */
+function showProblem({ code, message, status }) {
+  const again = " This page tries again by itself.";
+  const advice = status
+    ? `Who runs the server finds more in the web server's error log, and by the command: ${bus.name} --check.`
+    : "Look whether this device is online, and the web server runs.";
+  if ($("sentence").textContent !== message) {
+    $("code").textContent = code;
+    $("sentence").textContent = message;
+    $("advice").textContent = advice + again;
+  }
+  $("wrong").hidden = false;
+}
+
+bus.addEventListener("open", () => {
+  setState(true);
+  $("wrong").hidden = true;
+  $("sentence").textContent = "";
+});
+bus.addEventListener("error", ({ error }) => {
+  if (bus.connected) return;
+  setState(false);
+  showProblem(error);
+});
+
+// Who may use the bus: whom the web server lets in, with a signature or without one.
+
+async function askToJoin(credentials) {
+  try {
+    const reply = await fetch(`${bus.url}?stream=0`, { credentials, cache: "no-store" });
+    return { status: reply.status, ...(await reply.json()) };
+  } catch {
+    return {};
+  }
+}
+
+async function showAccess() {
+  const [me, stranger] = await Promise.all(["same-origin", "omit"].map(askToJoin));
+  if (me.user === undefined) return;
+  const isOpen = stranger.user !== undefined;
+  const isSigned = me.secret !== undefined;
+  $("access").textContent = (isOpen ? "open to all" : "behind a login") + (isSigned ? ", signed" : "");
+  const who = isOpen ? "Everyone who can reach this address" : "Who is let in by the web server";
+  const what = isSigned ? "can read it, and write to it as a user of their own" : "can read it, and write to it as any user";
+  $("who").textContent = `${who} ${what}; pages of other sites only where SHORTBUS_ALLOW_ORIGIN names them.`;
+  $("publish").parentNode.hidden = document.querySelector("[data-copy=publish]").hidden = isSigned;
+  $("signed").hidden = !isSigned;
+  fill(".login", stranger.status === 401 ? "-u NAME " : "");
+}
+
+if (!framed) bus.addEventListener("open", showAccess, { once: true });
+bus.addEventListener("rejoin", showAccess);
 
 // The log.
 
@@ -83,6 +195,7 @@ let frame = 0;
 let top = 0; // where the log was scrolled to
 
 bus.addEventListener("message", (event) => {
+  heard.set(event.user, Date.now());
   list({ id: Number(event.lastEventId), user: event.user, data: event.data });
 });
 bus.addEventListener("missed", () => list({ id: newest, missed: true }));
@@ -133,16 +246,10 @@ function entry({ id, user, data, at, own, missed }) {
     return element;
   }
   element.dataset.message = "";
-  const who = make("span", { className: "who" }, own ? "you" : `user ${user}`);
-  who.style.setProperty("--hue", hue(user));
-  element.append(make("p", { className: "meta" }, time(at), " ", who, " ", make("span", { className: "id" }, `#${id}`)));
+  const number = make("span", { className: "id" }, `#${id}`);
+  element.append(make("p", { className: "meta" }, badge(user, own ? "you" : undefined), " ", time(at), " ", number));
   element.append(contents(data));
   return element;
-}
-
-/** A colour that tells users apart, beside the id that does so for certain. */
-function hue(user) {
-  return ((user % 997) * 137.5) % 360;
 }
 
 function contents(data) {
@@ -237,14 +344,17 @@ function tick() {
   tally(0);
   const sum = (from) => seconds.slice(from).reduce((a, b) => a + b);
   const most = Math.max(...seconds);
-  const bars = seconds.map((n, i) => n && `M${i} 20h.8v${(-20 * n) / Math.max(most, 4)}h-.8z`);
+  const scale = Math.max(most, 4);
+  const bars = seconds.map((n, i) => n && `M${i} 20h.8v${(-20 * n) / scale}h-.8z`);
   $("bars").setAttribute("d", bars.filter(Boolean).join(""));
+  $("most").textContent = `${scale.toLocaleString()} a second`;
   const peak = most ? `, up to ${most.toLocaleString()} a second` : "";
   $("rate").textContent = `${count(sum(0), "message")} in a minute${peak}`;
   const busy = sum(-5) > BUSY;
   $("log").setAttribute("aria-live", busy ? "off" : "polite");
   if (busy && second % 10 === 0) say($("rate").textContent);
   showState();
+  showOthers();
 }
 
 setInterval(tick, 1000);
@@ -267,7 +377,7 @@ async function send(data) {
     $("draft").value = "";
     setFollowing(true);
   } catch (error) {
-    complain(`Not sent: ${error.message}`);
+    complain(`Not sent: ${error.message} (${error.code})`);
   }
   clearTimeout(slow);
   $("send").textContent = "Send";
@@ -295,7 +405,8 @@ $("form").addEventListener("submit", (event) => {
     data = JSON.parse(text);
   } catch (error) {
     if (looksLikeJson(text)) {
-      complain(`This is not JSON: ${error.message}`, true);
+      // Browsers name JSON in their own words.
+      complain(`Not sent: ${error.message.replace("JSON.parse: ", "")}.`, true);
       return $("draft").focus();
     }
   }
@@ -313,13 +424,16 @@ $("draft").addEventListener("keydown", (event) => {
 
 function beside(open) {
   $("beside").querySelector("iframe")?.remove();
-  if (open) $("beside").append(make("iframe", { src: "./?beside", title: "A second user" }));
+  if (open) {
+    const frame = make("iframe", { src: "./?beside", title: "A second user" });
+    frame.addEventListener("load", () => ids(frame.contentDocument, $("ids").getAttribute("aria-pressed") === "true"));
+    $("beside").append(frame);
+  }
   $("beside").hidden = !open;
   $("main").classList.toggle("two", open);
   $("second").setAttribute("aria-expanded", open);
-  $("second").textContent = open ? "Close second user" : "Open a second user";
-  // On a phone both of them fit on the screen.
-  if (open) $("talk").scrollIntoView({ block: matchMedia("(min-width: 60rem)").matches ? "nearest" : "start" });
+  // Both of them fit on the screen, below the state.
+  if (open) $("talk").scrollIntoView({ block: "start" });
 }
 $("second").addEventListener("click", () => beside($("beside").hidden));
 $("close").addEventListener("click", () => {
@@ -350,9 +464,9 @@ async function copy(code) {
 }
 
 for (const button of document.querySelectorAll("[data-copy]")) {
-  const title = button.previousElementSibling;
-  title.id = `${button.dataset.copy}-title`;
-  button.setAttribute("aria-describedby", title.id);
+  const title = `${button.dataset.copy}-title`;
+  button.setAttribute("aria-describedby", title);
+  $(button.dataset.copy).parentNode.setAttribute("aria-labelledby", title);
   button.addEventListener("click", async () => {
     const done = await copy($(button.dataset.copy));
     button.textContent = done ? "Copied" : "Selected";

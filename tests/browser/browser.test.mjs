@@ -949,12 +949,12 @@ for (const [name, browser] of [...Object.entries(browsers), ["signed-page", chro
 
     await ann.bringToFront();
     await (await write(ann, '{"move": ')).press("Enter");
-    await shows(ann, "[role=alert]", "This is not JSON");
+    await shows(ann, "#problem", "JSON");
     await press(ann, "Send as text");
     await shows(bob, "[role=log]", '{"move": ');
 
     await ann.bringToFront();
-    await press(ann, "Open a second user");
+    await press(ann, "Second user");
     const second = await until("the frame", () => ann.frames().find((frame) => frame.url().endsWith("?beside")));
     await until("its join", async () => (await shown(second, "[role=status]")).includes("connected since"));
     await (await write(second, "from beside")).press("Enter");
@@ -1427,7 +1427,7 @@ test("a hidden page polls less often where nothing happens", async (t) => {
 test("the page of a bus says how it hears", async (t) => {
   const says = (page, text) => until(text, () => page.$eval("#way", (element, text) => element.textContent === text, text));
   const [ann, bob] = await visits(t, chromium, `${live.bus("shown")}/`, 2);
-  await Promise.all([says(ann, "stream"), says(bob, "another tab's stream")]);
+  await Promise.all([says(ann, "stream"), says(bob, "another page's stream")]);
   await says(await visit(t, chromium, `${site.bus("shown")}/`), "polls");
 });
 
@@ -1442,7 +1442,7 @@ test("the page of a bus says how much waits to be sent, while something does", a
   await until("what waits", async () => (await shown()) === "waits to be sent 13 bytes");
   await page.setOfflineMode(false);
   await until("nothing to wait", async () => (await shown()) === "");
-  assert.equal(await page.$eval("#entries", (element) => element.childElementCount), 1);
+  await until("the message", () => page.$eval("#entries", (element) => element.childElementCount === 1));
 });
 
 test("a policy that is violated would be noticed", async (t) => {
