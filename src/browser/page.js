@@ -90,13 +90,16 @@ function showOthers() {
 
 bus.present();
 
-const ids = (page, shown) => page.documentElement.classList.toggle("ids", shown);
+let idsShown = false;
+
+function showIds() {
+  for (const page of [document, window.frames[0]?.document]) page?.documentElement.classList.toggle("ids", idsShown);
+  $("ids").setAttribute("aria-pressed", idsShown);
+}
+
 $("ids").addEventListener("click", () => {
-  const shown = $("ids").getAttribute("aria-pressed") !== "true";
-  $("ids").setAttribute("aria-pressed", shown);
-  for (const { contentDocument } of [{ contentDocument: document }, ...document.querySelectorAll("iframe")]) {
-    if (contentDocument) ids(contentDocument, shown);
-  }
+  idsShown = !idsShown;
+  showIds();
 });
 
 // The state, in words and colour.
@@ -131,21 +134,21 @@ function showBuffered() {
   $("buffered").textContent = count(bus.bufferedAmount, "byte");
 }
 
-bus.addEventListener("bufferedamountlow", showBuffered);
-/** What is wrong, by the server's own sentence; what a page can do about it, where no server says so. */
-function showProblem({ code, message, status }) {
-  const again = " This page tries again by itself.";
-  const advice = status
-    ? `Who runs the server finds more in the web server's error log, and by the command: ${bus.name} --check.`
-    : "Look whether this device is online, and the web server runs.";
+/** Shows what is wrong, in the server's own words, and where to look on. */
+function showProblem({ code, message }) {
+  const advice =
+    code === "network"
+      ? "Look whether this device is online, and the web server runs."
+      : `On the server, the web server's error log says more, and so does the bus's file: ./${bus.name} --check.`;
   if ($("sentence").textContent !== message) {
     $("code").textContent = code;
     $("sentence").textContent = message;
-    $("advice").textContent = advice + again;
+    $("advice").textContent = `${advice} This page tries again by itself.`;
   }
   $("wrong").hidden = false;
 }
 
+bus.addEventListener("bufferedamountlow", showBuffered);
 bus.addEventListener("open", () => {
   setState(true);
   $("wrong").hidden = true;
@@ -160,23 +163,23 @@ bus.addEventListener("error", ({ error }) => {
 // Who may use the bus: whom the web server lets in, with a signature or without one.
 
 async function askToJoin(credentials) {
-  try {
-    const reply = await fetch(`${bus.url}?stream=0`, { credentials, cache: "no-store" });
-    return { status: reply.status, ...(await reply.json()) };
-  } catch {
-    return {};
-  }
+  const { status, joined } = await fetch(`${bus.url}?stream=0`, { credentials, cache: "no-store" }).then(
+    async (reply) => ({ status: reply.status, joined: await reply.json().catch(() => {}) }),
+    () => ({}),
+  );
+  return { status, ...joined };
 }
 
 async function showAccess() {
   const [me, stranger] = await Promise.all(["same-origin", "omit"].map(askToJoin));
-  if (me.user === undefined) return;
+  if (me.user === undefined || !(stranger.status < 500)) return; // the bus is away
   const isOpen = stranger.user !== undefined;
   const isSigned = me.secret !== undefined;
   $("access").textContent = (isOpen ? "open to all" : "behind a login") + (isSigned ? ", signed" : "");
   const who = isOpen ? "Everyone who can reach this address" : "Who is let in by the web server";
-  const what = isSigned ? "can read it, and write to it as a user of their own" : "can read it, and write to it as any user";
-  $("who").textContent = `${who} ${what}; pages of other sites only where SHORTBUS_ALLOW_ORIGIN names them.`;
+  const whom = isSigned ? "a user of their own" : "any user";
+  const others = "pages of other sites only where SHORTBUS_ALLOW_ORIGIN names them";
+  $("who").textContent = `${who} can read it, and write to it as ${whom}; ${others}.`;
   $("publish").parentNode.hidden = document.querySelector("[data-copy=publish]").hidden = isSigned;
   $("signed").hidden = !isSigned;
   fill(".login", stranger.status === 401 ? "-u NAME " : "");
@@ -426,7 +429,7 @@ function beside(open) {
   $("beside").querySelector("iframe")?.remove();
   if (open) {
     const frame = make("iframe", { src: "./?beside", title: "A second user" });
-    frame.addEventListener("load", () => ids(frame.contentDocument, $("ids").getAttribute("aria-pressed") === "true"));
+    frame.addEventListener("load", showIds);
     $("beside").append(frame);
   }
   $("beside").hidden = !open;

@@ -1,12 +1,13 @@
 // The client and the page in real browsers: Chromium by DevTools, Firefox by WebDriver BiDi.
 
 import assert from "node:assert/strict";
+import { execFileSync } from "node:child_process";
 import { existsSync, mkdtempSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, test } from "node:test";
 import puppeteer from "puppeteer-core";
 import { setTimeout as sleep } from "node:timers/promises";
-import { atEnd, startFastcgiSite, startProxy, startSite, unbatched, until } from "./servers.mjs";
+import { atEnd, startFastcgiSite, startNginxProxy, startProxy, startSite, unbatched, until } from "./servers.mjs";
 
 const SIGNED = { SHORTBUS_AUTH: "signed" };
 const site = await startSite((site) => {
@@ -1424,11 +1425,317 @@ test("a hidden page polls less often where nothing happens", async (t) => {
   await until("usual polls", () => asks(500));
 });
 
+test("a send that fails while its join is interrupted does not say that there was no reason", async (t) => {
+  const [page] = await through(t, "interrupted", (pass, request) => (isJoin(request) ? never : pass()));
+  const message = await page.evaluate(() => {
+    const impatient = new MessageBus({ deadline: 500 });
+    const interrupts = setInterval(() => window.dispatchEvent(new Event("online")), 20);
+    return impatient.send(1).catch(({ message }) => clearInterval(interrupts) ?? message);
+  });
+  assert.equal(message, "The bus cannot be reached: The request was broken off, to be made anew.");
+});
+
+// The page of a bus.
+
+const text = (page, selector) => page.$eval(selector, (element) => element.innerText);
+const says = (page, selector, part) =>
+  until(`${selector} with ${part}`, async () => (await text(page, selector)).includes(part));
+
+/** The page of a bus, connected, in a viewport of this size. */
+async function busPage(t, browser, url, width = 1280, height = 800) {
+  const page = await visit(t, browser, `${url}/`);
+  await page.setViewport({ width, height });
+  await says(page, "#state", "connected since");
+  return page;
+}
+
+/** Opens a second user beside: the frame, connected. */
+async function beside(page) {
+  await page.click("#second");
+  const frame = await until("the frame", () => page.frames().find((frame) => frame.url().endsWith("?beside")));
+  await until("its join", () => text(frame, "#state").then((text) => text.includes("connected since"), () => false));
+  return frame;
+}
+
+async function write(page, text) {
+  await page.focus("#draft");
+  await page.type("#draft", text);
+  const form = await page.$("#form");
+  await form.evaluate((form) => form.requestSubmit());
+  await says(page, "#entries", text);
+}
+
+/** Which of these are not wholly in the viewport. */
+const outOfSight = (page, ...selectors) =>
+  page.evaluate((selectors) => {
+    const isIn = ({ x, y, right, bottom }) => x >= 0 && y >= 0 && right <= innerWidth && bottom <= innerHeight;
+    return selectors.filter((selector) => !isIn(document.querySelector(selector).getBoundingClientRect()));
+  }, selectors);
+
+const LONG_ID = /\d{10}/;
+
+for (const [name, browser] of Object.entries(browsers)) {
+  test(`${name}: the page of a bus gives users short names, alike everywhere, and ids on demand`, async (t) => {
+    const bus = site.bus(`names-${name}`);
+    const [ann, bob] = [await busPage(t, browser, bus), await busPage(t, browser, bus)];
+    await says(bob, "#others", "nobody");
+    const mark = await text(ann, "#user");
+    assert.match(mark, /^[A-Z][a-z]+ \d\d$/);
+    await ann.bringToFront();
+    await write(ann, "hello");
+    await site.publish(bus, "from curl", 1);
+    await bob.bringToFront();
+    await says(bob, "#entries", "from curl");
+    const names = () => bob.$$eval("#entries .who", (names) => names.map(({ innerText }) => innerText));
+    assert.deepEqual(await names(), [mark, "user 1"]);
+    await until("both", async () => (await text(bob, "#others")).replace(/\s+/g, " ") === `${mark} user 1`);
+    const second = await beside(bob);
+    const near = await text(second, "#user");
+    await says(bob, "#others", near); // though it has written nothing
+    await write(second, "from beside");
+    await says(bob, "#entries", near);
+    for (const page of [bob, second]) assert.doesNotMatch(await text(page, "body"), LONG_ID);
+
+    await bob.click("#ids");
+    const user = await ann.$eval("#me", ({ textContent }) => textContent);
+    assert.deepEqual(await names(), [`${mark} ${user}`, "user 1", await text(second, "#user")]);
+    for (const page of [bob, second]) assert.match(await text(page, "#entries"), /#\d{10}/);
+    assert.equal(await bob.$eval("#ids", (button) => button.ariaPressed), "true");
+    await bob.click("#ids");
+    for (const page of [bob, second]) assert.doesNotMatch(await text(page, "body"), LONG_ID);
+    // To look is to write nothing.
+    assert.equal((await site.ask(`${bus}?id=0`)).json.length, 3);
+  });
+
+  test(`${name}: the page of a bus fits on small screens, with one user and two`, async (t) => {
+    const bus = site.bus(`small-${name}`);
+    for (const [width, height] of [[320, 640], [390, 844], [844, 390], [640, 400], [1280, 800]]) {
+      const page = await busPage(t, browser, bus, width, height);
+      const seen = ["#state", "#user", "#draft", "#send", "#second"];
+      assert.deepEqual(await outOfSight(page, ...seen), [], `${width}x${height}`);
+      const second = await beside(page);
+      await write(page, "one");
+      await write(second, "two");
+      await until("room for both", async () => (await outOfSight(page, ...seen, "iframe", "#close")).length === 0);
+      assert.deepEqual(await outOfSight(second, "#state", "#user", "#draft", "#send"), []);
+      assert((await page.$eval("#log", ({ clientHeight }) => clientHeight)) > 60);
+      assert((await second.$eval("#log", ({ clientHeight }) => clientHeight)) > 40);
+      const scrolled = await page.evaluate(() => {
+        window.scrollTo(0, document.body.scrollHeight);
+        const { scrollWidth, clientWidth } = document.documentElement;
+        return [scrollY > 0, scrollWidth - clientWidth];
+      });
+      assert.deepEqual(scrolled, [true, 0]);
+      assert.deepEqual(await outOfSight(page, "#state", "#user"), [], "at the end of the page");
+      // No address is broken.
+      const heights = (addresses) => addresses.map((address) => address.getBoundingClientRect().height);
+      const lines = (await page.$$eval(".url, .path", heights)).map((height) => Math.round(height / 17));
+      assert.deepEqual([...new Set(lines)], [1]);
+      await page.close();
+    }
+  });
+
+  test(`${name}: the page of a bus says once, and without a code's name, what is no JSON`, async (t) => {
+    const page = await busPage(t, browser, site.bus(`json-${name}`));
+    for (const draft of ['{"move": ', '{"move": e4}', "[1,]"]) {
+      await page.$eval("#draft", (box, draft) => (box.value = draft), draft);
+      await page.$eval("#form", (form) => form.requestSubmit());
+      const problem = await text(page, "#problem");
+      assert.match(problem, /^Not sent: \S.*\.$/);
+      assert.equal(problem.match(/JSON/g)?.length, 1, problem);
+    }
+  });
+
+  test(`${name}: behind a login the page of a bus shows no password, and has curl ask for it`, async (t) => {
+    const proxy = await startProxy(site.bus(`secret-${name}`), (pass, { headers }) => {
+      const box = { status: 401, headers: { "WWW-Authenticate": 'Basic realm="here"' }, body: "" };
+      return headers.authorization ? pass() : box;
+    });
+    t.after(() => proxy.close());
+    const page = await visit(t, browser, "about:blank");
+    await page.goto(`${proxy.url.replace("//", "//ann:pa55word@")}/`);
+    await says(page, "#state", "connected since");
+    await says(page, "#access", "behind a login");
+    const commands = await page.$$eval("#more pre", (all) => all.map(({ innerText }) => innerText).join("\n"));
+    assert.equal(commands.split(`curl -u NAME -w '\\n' `).length, 4, commands);
+    assert(commands.includes(`'${proxy.url}?user=1'`));
+    assert.doesNotMatch(await page.$eval("html", ({ outerHTML }) => outerHTML), /pa55word/);
+    await says(page, "#who", "let in by the web server");
+  });
+}
+
+test("the lines on the page of a bus work as they stand", async (t) => {
+  const page = await busPage(t, chromium, site.bus("lines"));
+  const copied = (name) => page.$eval(`#${name}`, ({ textContent }) => textContent);
+  const run = async (name) => JSON.parse(execFileSync("bash", ["-c", `${await copied(name)} -s`]));
+  assert(Number.isSafeInteger((await run("join")).id));
+  const { user, id } = await run("publish");
+  assert.equal(user, 1);
+  await says(page, "#entries", "hello");
+  assert.deepEqual(await run("poll"), [{ id, user, data: "hello" }]);
+
+  assert.equal((await copied("page")).split("\n").length, 5);
+  const url = site.serve("lines.html", await copied("page"));
+  const older = await visit(t, chromium, url);
+  await until("the join", () => older.evaluate(() => bus.connected));
+  await tab(older.browserContext(), url);
+  await until("the text", async () => (await older.evaluate(() => document.body.innerText)).includes("hello"));
+
+  await says(page, "#access", "open to all");
+  await says(page, "#who", "Everyone who can reach this address can read it, and write to it as any user");
+  const titles = await page.$$eval("h2", (titles) => titles.map((title) => title.checkVisibility() && title.innerText));
+  assert.deepEqual(titles.filter(Boolean), ["Messages", "In a page", "In a terminal", "This bus", "What next"]);
+  const named = [...(await text(page, "main")).matchAll(/docs\/\w+\.md/g)];
+  assert(named.length > 3);
+  for (const [path] of named) assert(existsSync(new URL(`../../${path}`, import.meta.url)), path);
+  const [types] = await page.$$eval("#more a", (links) => links.map(({ href }) => href));
+  assert.match(await (await fetch(types)).text(), /class MessageBus/);
+});
+
+test("the page of a signed bus shows no command that is refused", async (t) => {
+  const page = await busPage(t, chromium, site.bus("signed-lines"));
+  await says(page, "#access", "open to all, signed");
+  await says(page, "#who", "as a user of their own");
+  await says(page, "#signed", "docs/signed.md");
+  assert.doesNotMatch(await text(page, "main"), /curl [^\n]*-d/);
+  assert.equal(await page.$eval("[data-copy=publish]", (button) => button.checkVisibility()), false);
+});
+
+test("the page of a bus says what is wrong by the server's code and sentence, until it is mended", async (t) => {
+  const settings = {};
+  const own = await startSite(() => ({ well: settings }));
+  t.after(() => own.close());
+  const page = await busPage(t, chromium, own.bus("well"));
+  assert.equal(await page.$eval("#wrong", ({ hidden }) => hidden), true);
+  await own.stopMemcached();
+  await until("the problem", () => page.$eval("#wrong", ({ hidden }) => !hidden));
+  const { error, message } = (await own.ask(own.bus("well"))).json;
+  assert.deepEqual([await text(page, "#code"), await text(page, "#sentence")], [error, message]);
+  assert.equal(error, "memcached_unreachable");
+  await says(page, "#advice", "well --check");
+  await says(page, "#state", "not connected since");
+  assert.equal(await text(page, "#way"), "–");
+  await own.startMemcached();
+  await until("its end", () => page.$eval("#wrong", ({ hidden }) => hidden));
+  await own.stopApache();
+  await says(page, "#code", "network");
+  await says(page, "#advice", "web server runs");
+
+  settings.SHORTBUS_TTL = "soon";
+  await own.startApache();
+  await says(page, "#code", "bad_setting");
+  await says(page, "#sentence", "SHORTBUS_TTL cannot be used as it is; it has to be a whole number of seconds");
+});
+
+test("behind a proxy that hands on another Host, the page of a bus says what to set", async (t) => {
+  const headers = "proxy_set_header Host bus.internal; proxy_set_header Sec-Fetch-Site '';";
+  const proxy = await startNginxProxy(site, `location / { proxy_pass http://127.0.0.1:8080; ${headers} }`);
+  t.after(() => proxy.close());
+  const page = await busPage(t, chromium, site.bus("proxied").replace(site.origin, proxy.origin));
+  await page.type("#draft", "hello");
+  await page.keyboard.press("Enter");
+  await says(page, "#problem", "a proxy has to hand Host on as it came");
+  await says(page, "#problem", "(foreign_origin)");
+});
+
+test("the picture of the rate on the page of a bus has a scale", async (t) => {
+  const bus = site.bus("rate");
+  const page = await busPage(t, chromium, bus);
+  assert.equal(await text(page, "#most"), "4 a second");
+  assert.equal((await text(page, "#axis")).replace(/\s+/g, " "), "a minute ago now");
+  const all = JSON.stringify(numbers(0, 40));
+  assert.equal((await site.ask(`${bus}?user=1&batch=1`, { method: "POST", body: all })).status, 200);
+  await until("more", async () => (await text(page, "#most")) !== "4 a second");
+  const [rate, most, bars] = await page.evaluate(() => {
+    return [rate, most, bars].map((element) => element.getAttribute("d") ?? element.textContent);
+  });
+  assert.match(rate, new RegExp(`40 messages in a minute, up to ${most}`));
+  assert.match(bars, /v-20h/); // the highest bar is as high as the picture
+});
+
+test("in forced colours the page of a bus keeps dots, own messages and what is pressed", async (t) => {
+  const page = await busPage(t, chromium, site.bus("forced"));
+  const session = await page.createCDPSession();
+  await session.send("Emulation.setEmulatedMedia", { features: [{ name: "forced-colors", value: "active" }] });
+  await write(page, "mine");
+  await site.publish(site.bus("forced"), "theirs", 7);
+  await says(page, "#entries", "theirs");
+  await page.click("#ids");
+  const look = await page.evaluate(() => {
+    const style = (selector, pseudo) => getComputedStyle(document.querySelector(selector), pseudo);
+    const [own, other] = ["#entries .own", "#entries li:not(.own)"].map((entry) => style(entry).borderLeftWidth);
+    const back = (selector, pseudo) => style(selector, pseudo).backgroundColor;
+    const hasDot = back("#entries .who", "::before") !== back("body");
+    return { own, other, hasDot, isPressed: back("#ids") !== back("#second") };
+  });
+  assert.deepEqual(look, { own: "4px", other: "0px", hasDot: true, isPressed: true });
+});
+
+test("the page of a bus can be read in both themes, and has a heading and names for all", async (t) => {
+  const page = await busPage(t, chromium, site.bus("readable"));
+  await write(page, '{"key": "value", "number": 1}');
+  await site.publish(site.bus("readable"), "a text");
+  await says(page, "#entries", "a text");
+  const second = await beside(page);
+  await page.click("#ids");
+  await page.evaluate(() => {
+    for (const element of document.querySelectorAll("[hidden]")) element.hidden = false;
+    for (const id of ["problem", "sentence", "code", "advice"]) document.getElementById(id).textContent = "something";
+  });
+  for (const value of ["light", "dark"]) {
+    await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value }]);
+    for (const state of ["good", "bad", ""]) {
+      await page.$eval("#state", (element, state) => (element.className = state), state);
+      assert.deepEqual(await page.evaluate(faint), [], value);
+    }
+    assert.deepEqual(await second.evaluate(faint), [], value);
+  }
+  const headings = ({ children = [], role, name, level }) => [
+    ...(role === "heading" && level === 1 ? [name] : []),
+    ...children.flatMap(headings),
+  ];
+  const tree = (frame) => frame.$eval("h1", (heading) => [heading.checkVisibility(), heading.innerText]);
+  assert.deepEqual(await tree(page), [true, "readable"]);
+  assert.deepEqual(await tree(second), [true, "A second user of readable"]);
+  const snapshot = await page.accessibility.snapshot({ interestingOnly: false, includeIframes: true });
+  assert.deepEqual(headings(snapshot), ["readable", "A second user of readable"]);
+  const nameless = ({ children = [], role, name }) => [
+    ...(NAMED.includes(role) && !name ? [role] : []),
+    ...children.flatMap(nameless),
+  ];
+  assert.deepEqual(nameless(snapshot), []);
+});
+
+const NAMED = ["button", "link", "textbox", "image", "log", "region", "group", "Iframe"]; // roles
+
+/** The texts of a document whose contrast is below 4.5:1 (WCAG 2.2, 1.4.3). */
+function faint() {
+  const luminance = (colour) => {
+    const part = (value) => (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const [red, green, blue] = colour.match(/[\d.]+/g).map((value) => part(value / 255));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const isClear = (colour) => colour === "transparent" || /, 0\)$/.test(colour);
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode()); ) {
+    const element = node.parentElement;
+    if (!node.data.trim() || !element.checkVisibility()) continue;
+    const { color } = getComputedStyle(element);
+    let under = element;
+    while (under && isClear(getComputedStyle(under).backgroundColor)) under = under.parentElement;
+    const behind = getComputedStyle(under ?? document.documentElement).backgroundColor;
+    const [dark, light] = [luminance(color), luminance(behind)].sort((a, b) => a - b);
+    if ((light + 0.05) / (dark + 0.05) < 4.5) found.push([node.data.trim(), color, behind]);
+  }
+  return found;
+}
+
 test("the page of a bus says how it hears", async (t) => {
-  const says = (page, text) => until(text, () => page.$eval("#way", (element, text) => element.textContent === text, text));
+  const hears = (page, way) => until(way, async () => (await text(page, "#way")) === way);
   const [ann, bob] = await visits(t, chromium, `${live.bus("shown")}/`, 2);
-  await Promise.all([says(ann, "stream"), says(bob, "another page's stream")]);
-  await says(await visit(t, chromium, `${site.bus("shown")}/`), "polls");
+  await Promise.all([hears(ann, "stream"), hears(bob, "another page's stream")]);
+  await hears(await visit(t, chromium, `${site.bus("shown")}/`), "polls");
 });
 
 test("the page of a bus says how much waits to be sent, while something does", async (t) => {

@@ -196,7 +196,9 @@ class Session {
       text = await orAborted(signal, reply.text());
     } catch (cause) {
       const isKnown = isLate || abort.signal.aborted || this.offer;
-      const why = isLate ? "It does not answer." : (!isKnown && (await explainNetwork(this.#target))) || cause.message;
+      let why = isLate ? "It does not answer." : (!isKnown && (await explainNetwork(this.#target))) || cause.message;
+      // By ourselves; browsers say "without reason".
+      if (cause.name === "AbortError") why = "The request was broken off, to be made anew.";
       throw new BusError("network", `The bus cannot be reached: ${why}`, cause);
     } finally {
       clearTimeout(timer);
