@@ -48,7 +48,7 @@ function fill(places, text) {
 }
 
 // In single quotes for the shell, so there must be none in it.
-fill(".url span", bus.url.replaceAll("'", "%27"));
+fill(".url", bus.url.replaceAll("'", "%27"));
 fill(".path", new URL(bus.url).pathname.replaceAll("&", "&amp;"));
 
 // What scrolls into view stays clear of the head, which stays in sight.
@@ -136,14 +136,15 @@ function showBuffered() {
 
 /** Shows what is wrong, in the server's own words, and where to look on. */
 function showProblem({ code, message }) {
+  const check = make("code", { className: "whole" }, `./${bus.name} --check`);
   const advice =
     code === "network"
-      ? "Look whether this device is online, and the web server runs."
-      : `On the server, the web server's error log says more, and so does the bus's file: ./${bus.name} --check.`;
+      ? ["Look whether this device is online, and the web server runs"]
+      : ["On the server, the web server's error log says more, and so does the bus's file: ", check];
   if ($("sentence").textContent !== message) {
     $("code").textContent = code;
     $("sentence").textContent = message;
-    $("advice").textContent = `${advice} This page tries again by itself.`;
+    $("advice").replaceChildren(...advice, ". This page tries again by itself.");
   }
   $("wrong").hidden = false;
 }

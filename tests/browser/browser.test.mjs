@@ -1517,7 +1517,9 @@ for (const [name, browser] of Object.entries(browsers)) {
       await write(page, "one");
       await write(second, "two");
       await until("room for both", async () => (await outOfSight(page, ...seen, "iframe", "#close")).length === 0);
-      assert.deepEqual(await outOfSight(second, "#state", "#user", "#draft", "#send"), []);
+      await page.click("#ids");
+      await until("room for ids", async () => (await outOfSight(page, ...seen, "iframe")).length === 0);
+      await until("room for both", async () => (await outOfSight(second, "#state", "#draft", "#send")).length === 0);
       assert((await page.$eval("#log", ({ clientHeight }) => clientHeight)) > 60);
       assert((await second.$eval("#log", ({ clientHeight }) => clientHeight)) > 40);
       const scrolled = await page.evaluate(() => {
@@ -1529,7 +1531,7 @@ for (const [name, browser] of Object.entries(browsers)) {
       assert.deepEqual(await outOfSight(page, "#state", "#user"), [], "at the end of the page");
       // No address is broken.
       const heights = (addresses) => addresses.map((address) => address.getBoundingClientRect().height);
-      const lines = (await page.$$eval(".url, .path", heights)).map((height) => Math.round(height / 17));
+      const lines = (await page.$$eval(".whole", heights)).map((height) => Math.round(height / 17));
       assert.deepEqual([...new Set(lines)], [1]);
       await page.close();
     }
