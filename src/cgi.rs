@@ -80,8 +80,8 @@ impl Front for Process {
         }
     }
 
-    async fn send(&mut self, text: &[u8]) -> io::Result<()> {
-        fd(1).write_all(text)
+    async fn send(&mut self, text: Vec<u8>) -> io::Result<()> {
+        fd(1).write_all(&text)
     }
 
     async fn finish(&mut self, text: &[u8]) -> io::Result<()> {

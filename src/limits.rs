@@ -144,6 +144,11 @@ pub const PREFLIGHT_AGE: u32 = 7_200;
 /// fewer files. Requests on further connections get a 503.
 pub const CONNECTIONS: usize = 16_384;
 
+/// Bytes that all connections of a process may take together for bodies on their way and for replies that their web
+/// servers have not taken yet. Without it ten thousand readers that do not read could take a page each. Beyond it a
+/// request with a body gets a 503, and a reader that does not read is cut off at once.
+pub const BUFFERS_BYTES: usize = 64 << 20;
+
 /// Bytes of a FastCGI request's parameters, names and lengths included. nginx and Apache pass on some 40 KB of request
 /// headers.
 pub const PARAMETERS_BYTES: usize = 64 << 10;

@@ -1,11 +1,13 @@
 //! The persistent mode: FastCGI's own ways, requests that wait, and what must not harm others. The scenarios of every
 //! front run on it too (`tests/scenarios.rs`, `tests/failures.rs`).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use shortbus::limits;
 
 use crate::fixtures::daemon::{Folder, executable, wait_for};
 use crate::fixtures::fastcgi_client::{
@@ -427,6 +429,68 @@ fn a_reader_that_does_not_read_is_cut_off_and_nothing_is_kept_for_it() {
     while let Some((kind, ..)) = slow.record() {
         assert_eq!(kind, STDOUT);
     }
+}
+
+/// So many that all together would take twice what a process lets them.
+const TOO_MANY: usize = 2 * limits::BUFFERS_BYTES / LARGE;
+const LARGE: usize = 900_000;
+/// KiB that a process may have grown by then: besides the buffers, what it reads from the store at a time.
+const GROWN: u64 = limits::BUFFERS_BYTES as u64 / 1024 + 8_000;
+
+#[test]
+fn readers_that_do_not_read_take_no_more_together_than_a_process_lets_them() {
+    let bus = Bus::with(&[("SHORTBUS_MAX_BYTES", "1000000")]);
+    let id = bus.join();
+    let last = bus.publish(1, &format!("\"{}\"", "x".repeat(LARGE)));
+    let memory = bus.memory();
+    let mut slow: Vec<_> = (0..TOO_MANY).map(|_| bus.connect()).collect();
+    for (n, reader) in slow.iter_mut().enumerate() {
+        let query = if n % 2 == 0 { format!("id={id}&stream=1") } else { format!("id={id}") };
+        reader.ask("GET", &query, &[], b"");
+    }
+    // Who reads is served meanwhile, and by then all have been looked at.
+    let mut quick = bus.connect();
+    quick.ask("GET", &format!("id={id}&stream=1"), &[], b"").until(&format!("id: {last}\n"));
+    assert!(bus.memory() < memory + GROWN, "{memory} -> {}", bus.memory());
+    // The others had all that they asked for, or were cut off.
+    let whole = slow.iter_mut().filter_map(|reader| {
+        let mut length = 0;
+        while length < LARGE
+            && let Some((_, _, content)) = reader.record()
+        {
+            length += content.len();
+        }
+        (length >= LARGE).then_some(())
+    });
+    let whole = whole.count();
+    println!("{whole} of {TOO_MANY} read");
+    assert!((TOO_MANY / 4..TOO_MANY * 3 / 4).contains(&whole), "{whole} of {TOO_MANY}");
+    // There is room again.
+    let mut again = bus.connect();
+    assert_eq!(again.ask("GET", &format!("id={id}"), &[], b"").answer().reply.status, 200);
+}
+
+#[test]
+fn bodies_on_their_way_take_no_more_together_than_a_process_lets_them() {
+    let bus = Bus::with(&[("SHORTBUS_MAX_BYTES", "1000000")]);
+    bus.join();
+    let memory = bus.memory();
+    let bytes = request("POST", "user=1", &[], format!("\"{}\"", "x".repeat(LARGE)).as_bytes());
+    let (most, rest) = bytes.split_at(LARGE - 1_000);
+    let mut slow: Vec<_> = (0..TOO_MANY).map(|_| bus.connect()).collect();
+    for client in &mut slow {
+        client.send(most);
+    }
+    assert_eq!(bus.connect().send(&bytes).answer().reply.outcome(), (503, "crowded".into()));
+    assert_eq!(bus.connect().ask("GET", "", &[], b"").answer().reply.status, 200);
+    assert!(bus.memory() < memory + GROWN, "{memory} -> {}", bus.memory());
+    let mut statuses = BTreeMap::<u16, usize>::new();
+    for client in &mut slow {
+        *statuses.entry(client.send(rest).answer().reply.status).or_default() += 1;
+    }
+    println!("{statuses:?}");
+    assert!(statuses.keys().eq(&[200, 503]) && statuses[&200] >= TOO_MANY / 4, "{statuses:?}");
+    assert_eq!(bus.connect().ask("POST", "user=2", &[], b"[1]").answer().reply.status, 200);
 }
 
 #[test]

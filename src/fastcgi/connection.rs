@@ -3,16 +3,39 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::select;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::sleep_until;
 
 use super::codec::{Parameters, Parser};
 use crate::limits;
+
+/// What the connections of a process may take together, [`limits::BUFFERS_BYTES`].
+#[derive(Clone)]
+pub struct Buffers(Arc<Semaphore>);
+
+impl Default for Buffers {
+    /// All of it free.
+    fn default() -> Buffers {
+        Buffers(Arc::new(Semaphore::new(limits::BUFFERS_BYTES / KILOBYTE)))
+    }
+}
+
+impl Buffers {
+    /// Reserves so many bytes until the permit is dropped; none where there is no room for them.
+    pub fn reserve(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let permits = u32::try_from(bytes.div_ceil(KILOBYTE)).ok()?;
+        self.0.clone().try_acquire_many_owned(permits).ok()
+    }
+}
+
+const KILOBYTE: usize = 1024;
 
 /// One connection of a web server. It holds no buffer while it waits.
 pub struct Connection {
@@ -22,12 +45,13 @@ pub struct Connection {
     pub parser: Parser,
     /// What is to be written.
     pub out: Vec<u8>,
+    buffers: Buffers,
 }
 
 impl Connection {
     /// A new one; a unix socket may come as a TCP stream.
-    pub fn new(stream: TcpStream) -> Connection {
-        Connection { stream, parser: Parser::default(), out: Vec::new() }
+    pub fn new(stream: TcpStream, buffers: Buffers) -> Connection {
+        Connection { stream, parser: Parser::default(), out: Vec::new(), buffers }
     }
 
     /// Reads what there is into the parser; waits for it as long as it takes.
@@ -76,13 +100,21 @@ impl Connection {
     /// Writes all, as long as the other side keeps taking it.
     ///
     /// # Errors
-    /// It is closed, or takes nothing for [`limits::PEER_DEADLINE`].
+    /// It is closed, or takes nothing for [`limits::PEER_DEADLINE`], or there is no room for what it does not take.
     pub async fn flush(&mut self) -> io::Result<()> {
         let out = std::mem::take(&mut self.out);
-        let mut rest = &out[..];
+        let (mut rest, mut reserved) = (&out[..], None);
         while !rest.is_empty() {
-            let written = timeout(limits::PEER_DEADLINE, self.stream.write(rest)).await?;
-            rest = &rest[written..];
+            match self.stream.try_write(rest) {
+                Ok(written) => rest = &rest[written..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if reserved.is_none() {
+                        reserved = Some(self.buffers.reserve(out.capacity()).ok_or(io::ErrorKind::OutOfMemory)?);
+                    }
+                    timeout(limits::PEER_DEADLINE, self.stream.writable()).await?;
+                }
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }

@@ -42,9 +42,9 @@ use crate::http::{self, Backend};
 use crate::limits;
 use crate::stores::pooled::{Address, Pooled, Stores};
 use crate::stores::random_pause;
-use crate::variables::Variables;
+use crate::variables::{Variables, whole_number};
 use codec::{Parameters, Request};
-use connection::Connection;
+use connection::{Buffers, Connection};
 use hub::Hubs;
 use publishers::Publishers;
 use waiting::Waiter;
@@ -88,6 +88,7 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
         places: Arc::new(Semaphore::new(connections)),
         refusals: Arc::new(Semaphore::new(limits::CONNECTIONS_REFUSED)),
         waiting: Semaphore::new(waiting),
+        buffers: Buffers::default(),
         answering: watch::Sender::new(0),
         room: Notify::new(),
         stopping: Cell::new(false),
@@ -123,6 +124,8 @@ struct Server {
     refusals: Arc<Semaphore>,
     /// A permit for each request that may wait.
     waiting: Semaphore,
+    /// For bodies and replies on their way.
+    buffers: Buffers,
     /// How many requests have begun to arrive and are not answered yet.
     answering: watch::Sender<usize>,
     /// Notified when a connection that does nothing is to make room for another.
@@ -214,15 +217,23 @@ impl Server {
 
     /// One connection. Whatever is wrong with it is nobody else's business.
     async fn converse(self: Rc<Server>, stream: TcpStream, mut admission: Admission) {
+        let (room, crowded) = (Cell::new(None), Cell::new(false));
         // Most requests have no body, and need not have their settings read for it.
         let body_limit = |parameters: &Parameters| {
             let variables = parameters.variables();
-            match (variables.text("REQUEST_METHOD"), variables.text("CONTENT_LENGTH")) {
-                (b"GET", b"") => 0,
-                _ => self.config(&variables).map_or(0, |config| request::body_limit(&variables, &config)),
+            let length = variables.text("CONTENT_LENGTH");
+            if variables.text("REQUEST_METHOD") == b"GET" && length.is_empty() {
+                return 0;
             }
+            let limit = self.config(&variables).map_or(0, |config| request::body_limit(&variables, &config));
+            let expected =
+                whole_number(length).map_or(limit, |length| limit.min(usize::try_from(length).unwrap_or(limit)));
+            let reserved = self.buffers.reserve(expected);
+            crowded.set(reserved.is_none());
+            room.set(reserved);
+            if crowded.get() { 0 } else { limit }
         };
-        let mut connection = Connection::new(stream);
+        let mut connection = Connection::new(stream, self.buffers.clone());
         let (mut answering, mut kept) = (None, false);
         let refused = admission.refused;
         loop {
@@ -252,7 +263,8 @@ impl Server {
                 // A connection without a request may have made room meanwhile.
                 self.find_place(&mut admission);
                 closing = !request.keep || refused;
-                if self.respond(request, admission.refused, &mut connection).await.is_err() {
+                let refused = admission.refused || crowded.take();
+                if self.respond(request, refused, &mut connection).await.is_err() {
                     return;
                 }
                 connection.parser.answered();
@@ -263,7 +275,7 @@ impl Server {
                 return;
             }
             if !connection.parser.is_busy() {
-                answering = None;
+                (answering, _) = (None, room.take());
                 if self.stopping.get() {
                     return;
                 }

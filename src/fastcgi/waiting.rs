@@ -47,8 +47,9 @@ impl Front for Waiter<'_> {
         }
     }
 
-    async fn send(&mut self, text: &[u8]) -> io::Result<()> {
-        codec::output(&mut self.connection.out, self.id, text);
+    async fn send(&mut self, text: Vec<u8>) -> io::Result<()> {
+        codec::output(&mut self.connection.out, self.id, &text);
+        drop(text);
         // A client that does not read is cut off. What is new meanwhile waits in the store.
         timeout(limits::STREAM_STALL, self.connection.flush()).await
     }

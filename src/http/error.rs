@@ -215,7 +215,7 @@ impl Error {
                 (431, "headers_too_large", "The request's headers are longer than 64 KB in all.".into())
             }
             Error::Crowded => {
-                (503, "crowded", "The bus has all the connections it can serve; try again later.".into())
+                (503, "crowded", "The bus has as many requests as it can serve at a time; try again later.".into())
             }
             Error::Setting(config::Error { name, wrong, .. }) => (500, "bad_setting", format!("{name} {wrong}").into()),
             Error::Bus(Bus::OnceUndecided) => (

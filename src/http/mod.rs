@@ -12,6 +12,7 @@
 //! 8. stderr gets one line, control characters escaped.
 //! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time.
 //! 10. What another user could have put in the place of a bus's folder, file or decision is refused.
+//! 11. What a FastCGI process keeps for slow clients is bounded in all ([`crate::limits::BUFFERS_BYTES`], CVE-2007-6750).
 
 pub mod error;
 pub mod event_stream;

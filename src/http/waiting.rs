@@ -54,7 +54,7 @@ pub trait Front {
     ///
     /// # Errors
     /// The client has gone, or reads nothing.
-    async fn send(&mut self, text: &[u8]) -> io::Result<()>;
+    async fn send(&mut self, text: Vec<u8>) -> io::Result<()>;
 
     /// Writes what is left of the reply, and ends it.
     ///
@@ -101,8 +101,7 @@ async fn stream(mut text: Vec<u8>, mut after: u64, front: &mut impl Front) -> io
     let mut heartbeat = Instant::now() + limits::HEARTBEAT;
     loop {
         if !text.is_empty() {
-            front.send(&text).await?;
-            text = Vec::new();
+            front.send(std::mem::take(&mut text)).await?;
             heartbeat = Instant::now() + limits::HEARTBEAT;
         }
         match front.next(heartbeat).await? {
