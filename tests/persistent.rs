@@ -431,11 +431,11 @@ fn a_reader_that_does_not_read_is_cut_off_and_nothing_is_kept_for_it() {
     }
 }
 
-/// So many that all together would take twice what a process lets them.
-const TOO_MANY: usize = 2 * limits::BUFFERS_BYTES / LARGE;
+/// So many that all together would take three times what a process lets them.
+const TOO_MANY: usize = 3 * limits::BUFFERS_BYTES / LARGE;
 const LARGE: usize = 900_000;
-/// KiB that a process may have grown by then: besides the buffers, what it reads from the store at a time.
-const GROWN: u64 = limits::BUFFERS_BYTES as u64 / 1024 + 8_000;
+/// KiB that a process may have grown by then: the allocator keeps some of what was freed between the buffers.
+const GROWN: u64 = limits::BUFFERS_BYTES as u64 / 1024 * 2;
 
 #[test]
 fn readers_that_do_not_read_take_no_more_together_than_a_process_lets_them() {
@@ -464,7 +464,7 @@ fn readers_that_do_not_read_take_no_more_together_than_a_process_lets_them() {
     });
     let whole = whole.count();
     println!("{whole} of {TOO_MANY} read");
-    assert!((TOO_MANY / 4..TOO_MANY * 3 / 4).contains(&whole), "{whole} of {TOO_MANY}");
+    assert!((TOO_MANY / 6..TOO_MANY / 2).contains(&whole), "{whole} of {TOO_MANY}");
     // There is room again.
     let mut again = bus.connect();
     assert_eq!(again.ask("GET", &format!("id={id}"), &[], b"").answer().reply.status, 200);
@@ -489,7 +489,7 @@ fn bodies_on_their_way_take_no_more_together_than_a_process_lets_them() {
         *statuses.entry(client.send(rest).answer().reply.status).or_default() += 1;
     }
     println!("{statuses:?}");
-    assert!(statuses.keys().eq(&[200, 503]) && statuses[&200] >= TOO_MANY / 4, "{statuses:?}");
+    assert!(statuses.keys().eq(&[200, 503]) && statuses[&200] >= TOO_MANY / 6, "{statuses:?}");
     assert_eq!(bus.connect().ask("POST", "user=2", &[], b"[1]").answer().reply.status, 200);
 }
 
