@@ -17,6 +17,7 @@ mod growing;
 mod layout;
 mod local_store;
 mod persistent;
+mod sandbox;
 mod scenarios;
 mod servers;
 mod signed;
