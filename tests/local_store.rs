@@ -1,13 +1,12 @@
 //! Buses in files of this host: where a bus lives and who decides, what another user can't do, and what survives kills,
 //! damage and full disks.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,11 +24,6 @@ use crate::fixtures::host::{Host, OTHER, Request, USER, answer};
 use crate::fixtures::http_client::Reply;
 use crate::fixtures::memcached::STEP;
 use crate::fixtures::site::{Site, on_the_local_store};
-
-/// How often a process is killed in `publishers_and_pollers_that_are_killed_lose_nothing`.
-fn kills() -> usize {
-    std::env::var("TEST_KILLS").map_or(300, |kills| kills.parse().expect("TEST_KILLS is a number"))
-}
 
 #[track_caller]
 fn id_of(reply: &Reply) -> u64 {
@@ -593,94 +587,6 @@ fn a_damaged_file_is_set_aside_and_one_line_says_so() {
     let reply = Reply::parse(&output.stdout).unwrap();
     assert!(id_of(&reply) > id && store.aside().exists());
     assert!(missed(&store.get(&format!("id={id}"))));
-}
-
-/// What the processes of a bus said before they were killed.
-struct Ledger {
-    /// By text.
-    acknowledged: BTreeMap<String, u64>,
-    killed: usize,
-}
-
-/// Publishes one message after the other, each by a process that may be killed at any moment.
-fn publish_and_kill(store: &Store, publisher: usize, kills: usize) -> Ledger {
-    let mut ledger = Ledger { acknowledged: BTreeMap::new(), killed: 0 };
-    let settings = store.settings();
-    for n in 0.. {
-        if ledger.killed >= kills {
-            break;
-        }
-        let (text, query) = (format!("{publisher}-{n}"), format!("user={publisher}"));
-        let body = format!("\"{text}\"");
-        let request = Request { bus: "chat", method: "POST", query: &query, body: &body, settings: &settings };
-        let mut child = store.host.start(USER, &request);
-        if n % 2 == 0 {
-            // At any moment of its few milliseconds.
-            thread::sleep(Duration::from_micros(SysRng.try_next_u64().unwrap() % 5_000));
-            let _ = child.kill();
-        }
-        let output = child.wait_with_output().unwrap();
-        if let Some(reply) = Reply::parse(&output.stdout).filter(|reply| reply.status == 200) {
-            ledger.acknowledged.insert(text, id_of(&reply));
-        }
-        // Processes that had ended were not killed.
-        ledger.killed += usize::from(output.status.code().is_none());
-    }
-    ledger
-}
-
-#[test]
-fn publishers_and_pollers_that_are_killed_lose_nothing() {
-    let store = Store::of_bytes(limits::STORE_BYTES * 4);
-    let store = Store { ttl: "3600".into(), ..store };
-    let start = store.join();
-    let over = AtomicBool::new(false);
-    let ledgers: Vec<Ledger> = thread::scope(|scope| {
-        let (store, over) = (&store, &over);
-        scope.spawn(move || {
-            // Polls that are killed leave nothing behind.
-            while !over.load(Ordering::SeqCst) {
-                let query = format!("id={start}");
-                let settings = store.settings();
-                let request = Request { bus: "chat", method: "GET", query: &query, body: "", settings: &settings };
-                let mut child = store.host.start(USER, &request);
-                thread::sleep(Duration::from_micros(SysRng.try_next_u64().unwrap() % 5_000));
-                let _ = child.kill();
-                let _ = child.wait();
-            }
-        });
-        let publishers: Vec<_> = (0..3).map(|n| scope.spawn(move || publish_and_kill(store, n, kills() / 3))).collect();
-        let ledgers = publishers.into_iter().map(|publisher| publisher.join().unwrap()).collect();
-        over.store(true, Ordering::SeqCst);
-        ledgers
-    });
-    let (mut at, mut found) = (start, BTreeMap::new());
-    loop {
-        let reply = store.get(&format!("id={at}"));
-        assert!(!missed(&reply));
-        for message in heard(&reply) {
-            let text = message["data"].as_str().unwrap().to_owned();
-            assert_eq!(found.insert(text, message["id"].as_u64().unwrap()), None, "{message}");
-        }
-        let next = reply.header("shortbus-last-id").unwrap().parse().unwrap();
-        if next == at {
-            break;
-        }
-        at = next;
-    }
-    let mut ids: Vec<u64> = found.values().copied().collect();
-    ids.sort_unstable();
-    assert_eq!(ids, (start + STEP..=at).step_by(STEP as usize).collect::<Vec<_>>(), "no slot is left out");
-    let acknowledged: Vec<_> = ledgers.iter().flat_map(|ledger| &ledger.acknowledged).collect();
-    for (text, id) in &acknowledged {
-        assert_eq!(found.get(*text), Some(*id), "{text}");
-    }
-    let killed: usize = ledgers.iter().map(|ledger| ledger.killed).sum();
-    println!("{killed} publishers killed, {} acknowledged, {} heard", acknowledged.len(), found.len());
-    assert!(killed >= kills() / 3 * 3 && !store.aside().exists());
-    let began = Instant::now();
-    store.publish("\"after\"");
-    assert!(began.elapsed() < Duration::from_secs(1));
 }
 
 /// A FastCGI process of a bus on the local store, and the executable beside it for CGI.

@@ -1,0 +1,406 @@
+//! What a bus in a file of this host survives: processes that are killed or stopped at any moment, a file that is damaged or
+//! cut, clocks that step, and systems that are small, old or full.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rand::TryRng;
+use rand::rngs::SysRng;
+use serde_json::json;
+use shortbus::bus::{self, Publish};
+use shortbus::limits;
+use shortbus::stores::block_on;
+use shortbus::stores::local::folder::Folder as StoreFolder;
+use shortbus::stores::local::{Local, WholeProcess};
+
+use crate::fixtures::daemon::wait_for;
+use crate::fixtures::fastcgi_client::Client;
+use crate::fixtures::host::answer;
+use crate::fixtures::http_client::Reply;
+use crate::fixtures::local_bus::LocalBus;
+
+/// The number in a variable, for more by hand than `make test` has time for.
+fn count(variable: &str, usual: usize) -> usize {
+    std::env::var(variable).map_or(usual, |count| count.parse().unwrap_or_else(|_| panic!("{variable} is a number")))
+}
+
+fn below(bound: u64) -> u64 {
+    SysRng.try_next_u64().unwrap() % bound
+}
+
+fn missed(reply: &Reply) -> bool {
+    reply.header("shortbus-missed").is_some()
+}
+
+/// A message as heard: its id, and what it says.
+type Heard = Vec<(u64, String)>;
+
+/// One page after a cursor, which goes on behind it; whether anything was missed.
+#[track_caller]
+fn read_page(reply: &Reply, cursor: &mut u64) -> (Heard, bool) {
+    assert_eq!(reply.status, 200, "{reply:?}");
+    let json = reply.json();
+    let messages = json.as_array().unwrap().iter();
+    *cursor = reply.header("shortbus-last-id").unwrap().parse().unwrap();
+    (messages.map(|m| (m["id"].as_u64().unwrap(), m["data"].as_str().unwrap().into())).collect(), missed(reply))
+}
+
+/// What the processes of a bus were told, and for how long those waited that were not killed.
+#[derive(Default)]
+struct Ledger {
+    /// By text.
+    acknowledged: Mutex<BTreeMap<String, u64>>,
+    /// The texts of each batch that was sent.
+    batches: Mutex<Vec<Vec<String>>>,
+    /// What was sent with `once` and was not answered: the query, and the text.
+    unanswered: Mutex<Vec<(String, String)>>,
+    killed: AtomicUsize,
+    waits: Mutex<Vec<Duration>>,
+}
+
+impl Ledger {
+    /// Goes by the reply to a request that was to publish these.
+    fn take_note(&self, texts: &[String], reply: &Reply) {
+        assert_eq!(reply.status, 200, "{reply:?}");
+        let json = reply.json();
+        let ids = json["ids"].as_array().map_or_else(|| vec![json["id"].clone()], Vec::clone);
+        assert_eq!(ids.len(), texts.len());
+        let noted = texts.iter().cloned().zip(ids.iter().map(|id| id.as_u64().unwrap()));
+        self.acknowledged.lock().unwrap().extend(noted);
+    }
+
+    fn killed(&self) -> usize {
+        self.killed.load(Ordering::SeqCst)
+    }
+}
+
+/// What a publisher of a number sends the n-th time: singles, batches of several sizes, or singles with `once`.
+fn request(publisher: usize, n: usize, ledger: &Ledger) -> (Vec<String>, String, String) {
+    let size = if publisher % 3 == 1 { [2, 16, 3, 64][n % 4] } else { 1 };
+    let texts: Vec<String> = (0..size).map(|k| format!("{publisher}-{n}-{k}")).collect();
+    match publisher % 3 {
+        0 => (texts.clone(), format!("user={publisher}"), json!(texts[0]).to_string()),
+        1 => {
+            ledger.batches.lock().unwrap().push(texts.clone());
+            (texts.clone(), format!("user={publisher}&batch=1"), json!(texts).to_string())
+        }
+        _ => (texts.clone(), format!("user={publisher}&once={n}"), json!(texts[0]).to_string()),
+    }
+}
+
+/// Publishes by CGI, each time by a process that may be killed at any moment.
+fn publish_and_kill(bus: &LocalBus, publisher: usize, kills: usize, ledger: &Ledger) {
+    for n in 0.. {
+        if ledger.killed() >= kills {
+            break;
+        }
+        let (texts, query, body) = request(publisher, n, ledger);
+        let began = Instant::now();
+        let mut child = bus.start("POST", &query, &body);
+        if n % 4 > 0 {
+            // At any moment of its millisecond or two.
+            thread::sleep(Duration::from_micros(below(2_000)));
+            let _ = child.kill();
+        }
+        let output = child.wait_with_output().unwrap();
+        if output.status.code().is_some() {
+            ledger.waits.lock().unwrap().push(began.elapsed());
+        } else {
+            ledger.killed.fetch_add(1, Ordering::SeqCst);
+        }
+        match Reply::parse(&output.stdout) {
+            Some(reply) => ledger.take_note(&texts, &reply),
+            None if query.contains("once") => ledger.unanswered.lock().unwrap().push((query, body)),
+            None => {}
+        }
+    }
+}
+
+/// The same by a FastCGI process that is killed and started anew, with several connections at a time.
+fn serve_and_kill(bus: &LocalBus, kills: usize, ledger: &Ledger) {
+    for round in 0.. {
+        if ledger.killed() >= kills {
+            break;
+        }
+        let worker = bus.worker("chat.s");
+        thread::scope(|scope| {
+            for client in 0..4 {
+                let socket = worker.socket.clone();
+                // Two of singles, one of batches and one with `once`.
+                let publisher = 100 + client * 4;
+                scope.spawn(move || {
+                    let mut client = Client::connect(&socket);
+                    for n in (round * 100_000).. {
+                        let (texts, query, body) = request(publisher, n, ledger);
+                        let Some(reply) = client.try_ask("POST", &query, body.as_bytes()) else {
+                            if query.contains("once") {
+                                ledger.unanswered.lock().unwrap().push((query, body));
+                            }
+                            break;
+                        };
+                        ledger.take_note(&texts, &reply);
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                });
+            }
+            thread::sleep(Duration::from_micros(3_000 + below(20_000)));
+            worker.daemon.signal("KILL");
+        });
+        ledger.killed.fetch_add(1, Ordering::SeqCst);
+        drop(worker);
+        fs::remove_file(bus.folder.join("chat.s")).unwrap();
+    }
+}
+
+/// Publishes inside this process, which is not killed: how long it has to wait for those that are.
+fn publish_beside(bus: &LocalBus, kills: usize, ledger: &Ledger) -> Vec<Duration> {
+    let mut waits = vec![];
+    for n in 0.. {
+        if ledger.killed() >= kills {
+            break;
+        }
+        let text = format!("beside-{n}");
+        let data = json!(text).to_string();
+        let publish = Publish { user: 9, messages: vec![data.as_bytes()], key: None };
+        let began = Instant::now();
+        let mut store = Local::new(StoreFolder::named(bus.store()), b"chat", bus.bytes, WholeProcess);
+        let ids = block_on(bus::publish(&mut store, publish, bus.ttl)).unwrap();
+        waits.push(began.elapsed());
+        ledger.acknowledged.lock().unwrap().insert(text, ids[0]);
+        thread::sleep(Duration::from_millis(1));
+    }
+    waits
+}
+
+/// Polls that are killed leave nothing behind.
+fn poll_and_kill(bus: &LocalBus, start: u64, over: &AtomicBool) {
+    while !over.load(Ordering::SeqCst) {
+        let mut child = bus.start("GET", &format!("id={start}"), "");
+        thread::sleep(Duration::from_micros(below(2_000)));
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// Hears all of a bus from a cursor on, until nothing is new when it is over.
+fn hear(bus: &LocalBus, start: u64, over: &AtomicBool) -> Heard {
+    let (mut cursor, mut all) = (start, vec![]);
+    loop {
+        let last_round = over.load(Ordering::SeqCst);
+        let before = cursor;
+        let (heard, missed) = read_page(&bus.get(&format!("id={cursor}")), &mut cursor);
+        assert!(!missed);
+        all.extend(heard);
+        if cursor == before {
+            if last_round {
+                return all;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+#[test]
+fn publishers_and_pollers_that_are_killed_lose_nothing() {
+    let kills = count("TEST_KILLS", 300);
+    let mut bus = LocalBus::new(limits::STORE_BYTES * 16);
+    bus.ttl = 3_600;
+    let start = bus.join();
+    let (ledger, over) = (Ledger::default(), AtomicBool::new(false));
+    let (beside, meanwhile) = thread::scope(|scope| {
+        let (bus, ledger, over) = (&bus, &ledger, &over);
+        scope.spawn(|| poll_and_kill(bus, start, over));
+        let poller = scope.spawn(|| hear(bus, start, over));
+        let beside = scope.spawn(|| publish_beside(bus, kills, ledger));
+        let mut publishers: Vec<_> =
+            (0..3).map(|n| scope.spawn(move || publish_and_kill(bus, n, kills, ledger))).collect();
+        publishers.push(scope.spawn(|| serve_and_kill(bus, kills, ledger)));
+        let failed = publishers.into_iter().filter_map(|publisher| publisher.join().err()).count();
+        ledger.killed.fetch_add(if failed > 0 { kills } else { 0 }, Ordering::SeqCst);
+        let beside = beside.join().unwrap();
+        over.store(true, Ordering::SeqCst);
+        assert_eq!(failed, 0);
+        (beside, poller.join().unwrap())
+    });
+    // What was sent with `once` and has had no answer is sent again, and answered.
+    let unanswered = ledger.unanswered.lock().unwrap().clone();
+    for (query, body) in &unanswered {
+        wait_for("the first request's lease to end", || {
+            let reply = bus.post(query, body);
+            let undecided = reply.outcome() == (409, "once_undecided".into());
+            if !undecided {
+                ledger.take_note(&[body.trim_matches('"').into()], &reply);
+            }
+            !undecided
+        });
+    }
+    let heard = hear(&bus, start, &AtomicBool::new(true));
+    assert_eq!(heard[..meanwhile.len()], meanwhile, "who polls meanwhile hears the same in the same order");
+    assert!(heard.windows(2).all(|pair| pair[0].0 < pair[1].0), "ids rise");
+    let mut slots: Vec<u64> = heard.iter().map(|(id, _)| id / limits::SLOT_MESSAGES).collect();
+    slots.dedup();
+    let first = (start + 1) / limits::SLOT_MESSAGES;
+    assert_eq!(slots, (first..first + slots.len() as u64).collect::<Vec<_>>(), "no slot is left out");
+    let by_text: BTreeMap<&String, u64> = heard.iter().map(|(id, text)| (text, *id)).collect();
+    assert_eq!(by_text.len(), heard.len(), "none is heard twice");
+    let acknowledged = ledger.acknowledged.lock().unwrap();
+    for (text, id) in acknowledged.iter() {
+        assert_eq!(by_text.get(text), Some(id), "{text}");
+    }
+    for batch in ledger.batches.lock().unwrap().iter() {
+        let ids: Vec<u64> = batch.iter().filter_map(|text| by_text.get(text).copied()).collect();
+        let slots: BTreeSet<u64> = ids.iter().map(|id| id / limits::SLOT_MESSAGES).collect();
+        let whole = ids.len() == batch.len() && slots.len() == 1 && ids.is_sorted();
+        assert!(ids.is_empty() || whole, "a batch is heard whole or not at all: {batch:?} {ids:?}");
+    }
+    assert!(!bus.aside().exists());
+    let mut waits = ledger.waits.lock().unwrap().clone();
+    waits.sort();
+    let worst = |waits: &[Duration]| waits.iter().max().copied().unwrap_or_default();
+    println!(
+        "{} killed; {} acknowledged, {} of them by a repeat, {} heard; waited: inside a process {:?} at most ({} publishes), \
+         a whole process {:?}, at most {:?} ({})",
+        ledger.killed(),
+        acknowledged.len(),
+        unanswered.len(),
+        heard.len(),
+        worst(&beside),
+        beside.len(),
+        waits.get(waits.len() / 2),
+        worst(&waits),
+        waits.len()
+    );
+    assert!(worst(&beside) < limits::STORE_DEADLINE);
+}
+
+/// A system call of a request's process: its name, and which of this name it is.
+type Call = (String, usize);
+
+/// The system calls that this publish makes from the reading of its body on.
+fn calls_of(bus: &LocalBus, query: &str, body: &str) -> Vec<Call> {
+    let output = bus.start_under(&["strace"], "POST", query, body).wait_with_output().unwrap();
+    assert_eq!(Reply::parse(&output.stdout).map(|reply| reply.status), Some(200));
+    let (text, mut seen) = (String::from_utf8_lossy(&output.stderr).into_owned(), BTreeMap::new());
+    let names = text.lines().filter_map(|line| line.split_once('(')).map(|(name, _)| name.to_owned());
+    let numbered = names.map(|name| {
+        let number: &mut usize = seen.entry(name.clone()).or_default();
+        *number += 1;
+        (name, *number)
+    });
+    numbered.skip_while(|(name, _)| name != "read").take_while(|(name, _)| name != "exit_group").collect()
+}
+
+/// What runs a program to which this happens when it makes the call.
+fn injected((name, number): &Call, what: &str) -> [String; 3] {
+    ["strace".into(), "-o/dev/null".into(), format!("-einject={name}:{what}:when={number}")]
+}
+
+/// All that is new behind the cursor.
+#[track_caller]
+fn read_all(bus: &LocalBus, cursor: &mut u64) -> Heard {
+    let mut all = vec![];
+    loop {
+        let before = *cursor;
+        let (heard, missed) = read_page(&bus.get(&format!("id={cursor}")), cursor);
+        assert!(!missed, "after {all:?}");
+        all.extend(heard);
+        if *cursor == before {
+            return all;
+        }
+    }
+}
+
+#[test]
+fn a_publisher_that_is_killed_or_failed_at_any_of_its_system_calls_publishes_all_or_nothing() {
+    let bus = LocalBus::new(limits::STORE_BYTES_MIN);
+    let mut cursor = bus.join();
+    let kinds = [("user=1", "\"a\"", 1), ("user=1&batch=1", "[\"a\",\"b\"]", 2), ("user=1&once=ONCE", "\"a\"", 1)];
+    let hazards = ["signal=KILL", "error=EIO", "error=ENOSPC", "error=EINTR"];
+    let (mut outcomes, mut repeats) = (BTreeMap::<String, usize>::new(), vec![]);
+    for (query, body, size) in kinds {
+        let calls = calls_of(&bus, query, body);
+        assert_eq!(read_all(&bus, &mut cursor).len(), size);
+        for (call, hazard) in calls.iter().flat_map(|call| hazards.map(|hazard| (call, hazard))) {
+            let what = format!("{query} {call:?} {hazard}");
+            let query = query.replace("ONCE", &format!("{}-{}-{}", call.0, call.1, &hazard[6..]).replace('=', "-"));
+            let words = injected(call, hazard);
+            let words = words.each_ref().map(|word| &word[..]);
+            let output = bus.start_under(&words, "POST", &query, body).wait_with_output().unwrap();
+            let heard = read_all(&bus, &mut cursor);
+            assert!([0, size].contains(&heard.len()), "{what}: {heard:?}");
+            let outcome = match Reply::parse(&output.stdout) {
+                None => "no reply".into(),
+                Some(reply) if reply.status == 200 => {
+                    assert_eq!(heard.last().map(|(id, _)| *id), reply.json()["id"].as_u64(), "{what}");
+                    "published".into()
+                }
+                Some(reply) => {
+                    let (status, code) = reply.outcome();
+                    assert!(status >= 400 && !code.is_empty(), "{what}: {reply:?}");
+                    assert!(heard.is_empty() || code == "outcome_unknown", "{what}: {reply:?}");
+                    code
+                }
+            };
+            *outcomes.entry(format!("{hazard}: {outcome}")).or_default() += 1;
+            let began = Instant::now();
+            let id = bus.publish("\"next\"");
+            assert!(began.elapsed() < limits::STORE_DEADLINE, "{what}");
+            assert_eq!(read_all(&bus, &mut cursor), [(id, "next".into())], "{what}");
+            if query.contains("once") {
+                repeats.push((query, heard.last().map(|(id, _)| *id)));
+            }
+        }
+    }
+    println!("{outcomes:?}");
+    for (query, published) in repeats {
+        let mut reply = bus.post(&query, "\"a\"");
+        wait_for("the first request's lease to end", || {
+            reply = bus.post(&query, "\"a\"");
+            reply.outcome() != (409, "once_undecided".into())
+        });
+        let id = reply.json()["id"].as_u64();
+        assert!(id.is_some() && published.is_none_or(|published| Some(published) == id), "{query}: {reply:?}");
+        assert_eq!(read_all(&bus, &mut cursor).len(), usize::from(published.is_none()), "{query}");
+    }
+    assert!(!bus.aside().exists());
+}
+
+#[test]
+fn a_publisher_that_is_stopped_at_any_of_its_system_calls_holds_up_no_poll_and_others_only_while_it_has_the_lock() {
+    let bus = LocalBus::new(limits::STORE_BYTES_MIN);
+    let mut cursor = bus.join();
+    let calls = calls_of(&bus, "user=1", "\"a\"");
+    assert_eq!(read_all(&bus, &mut cursor).len(), 1);
+    let is_lock = |call: &Call| call.0 == "flock";
+    let locked = calls.iter().position(is_lock).unwrap()..calls.iter().rposition(is_lock).unwrap();
+    for (n, call) in calls.iter().enumerate() {
+        let trace = bus.folder.join("trace");
+        let [strace, _, inject] = injected(call, "signal=STOP");
+        // The tracer apart: so that the child is the publisher itself.
+        let words = [&strace[..], "-D", "-o", trace.to_str().unwrap(), &inject];
+        let publisher = bus.start_under(&words, "POST", "user=1", "\"stopped\"");
+        let pid = publisher.id().to_string();
+        wait_for("the publisher to stop", || {
+            fs::read_to_string(&trace).unwrap_or_default().contains("stopped by SIGSTOP")
+        });
+        let heard = read_all(&bus, &mut cursor);
+        let reply = bus.post("user=2", "\"other\"");
+        // It stops behind the call.
+        let expected = if locked.contains(&n) { (503, "store_busy".into()) } else { (200, String::new()) };
+        assert_eq!(reply.outcome(), expected, "{call:?}: {reply:?}");
+        assert!(Command::new("kill").args(["-CONT", &pid]).status().unwrap().success());
+        let stopped = answer(publisher);
+        assert_eq!(stopped.status, 200, "{call:?}: {stopped:?}");
+        let all = [heard, read_all(&bus, &mut cursor)].concat();
+        let texts: BTreeSet<&str> = all.iter().map(|(_, text)| &text[..]).collect();
+        assert_eq!((all.len(), texts.len()), (1 + usize::from(reply.status == 200), all.len()), "{call:?}: {all:?}");
+        assert!(all.contains(&(stopped.json()["id"].as_u64().unwrap(), "stopped".into())), "{call:?}: {all:?}");
+        fs::remove_file(trace).unwrap();
+    }
+    assert!(locked.len() > 3, "{calls:?}");
+}
