@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -403,4 +404,224 @@ fn a_publisher_that_is_stopped_at_any_of_its_system_calls_holds_up_no_poll_and_o
         fs::remove_file(trace).unwrap();
     }
     assert!(locked.len() > 3, "{calls:?}");
+}
+
+/// A bus with messages of several kinds, and its file as it then was.
+struct Template {
+    bus: LocalBus,
+    start: u64,
+    heard: Heard,
+    bytes: Vec<u8>,
+}
+
+/// The address space of a process that meets a damaged file: it must not ask for what the damage says.
+const SMALL: [&str; 2] = ["prlimit", "--as=33554432"];
+
+impl Template {
+    fn new() -> Template {
+        let bus = LocalBus::new(limits::STORE_BYTES_MIN);
+        let start = bus.join();
+        bus.publish("\"one\"");
+        bus.publish(&json!("x".repeat(9_000)).to_string());
+        assert_eq!(bus.post("user=1&batch=1", "[\"two\",\"three\"]").status, 200);
+        assert_eq!(bus.post("user=1&once=k", "\"once\"").status, 200);
+        let (heard, bytes) = (read_all(&bus, &mut start.clone()), fs::read(bus.file()).unwrap());
+        assert_eq!(heard.len(), 5);
+        Template { bus, start, heard, bytes }
+    }
+
+    /// The file as it was, with its holes.
+    fn restore(&self) -> fs::File {
+        let _ = fs::remove_file(self.bus.file());
+        let _ = fs::remove_file(self.bus.aside());
+        let file = fs::File::options().create_new(true).read(true).write(true).open(self.bus.file()).unwrap();
+        file.set_permissions(fs::Permissions::from_mode(0o600)).unwrap();
+        file.set_len(self.bytes.len() as u64).unwrap();
+        for (n, page) in self.bytes.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|&byte| byte != 0)) {
+            file.write_all_at(page, n as u64 * 4096).unwrap();
+        }
+        file
+    }
+
+    /// A place in the file that is in use.
+    fn used(&self) -> usize {
+        loop {
+            let at = below(self.bytes.len() as u64) as usize;
+            let page = at / 4096 * 4096;
+            if self.bytes[page..(page + 4096).min(self.bytes.len())].iter().any(|&byte| byte != 0) {
+                return at;
+            }
+        }
+    }
+
+    #[track_caller]
+    fn ask(&self, what: &str, method: &str, query: &str, body: &str) -> Reply {
+        let began = Instant::now();
+        let output = self.bus.start_under(&SMALL, method, query, body).wait_with_output().unwrap();
+        assert!(began.elapsed() < Duration::from_secs(5), "{what}: {:?}", began.elapsed());
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(log.is_empty() || log.ends_with("messages were lost\n") && log.lines().count() == 1, "{what}: {log}");
+        Reply::parse(&output.stdout).unwrap_or_else(|| panic!("{what}: {output:?}"))
+    }
+
+    /// Damages the file, and looks that nobody hears what was not said, that the next publish works, that ids rise and that
+    /// what was lost is told. Whether the file was set aside.
+    #[track_caller]
+    fn assert_survives(&self, what: &str, damage: impl FnOnce(&fs::File)) -> bool {
+        damage(&self.restore());
+        let query = format!("id={}", self.start);
+        let (heard, _) = read_page(&self.ask(what, "GET", &query, ""), &mut 0);
+        assert!(heard.iter().all(|message| self.heard.contains(message)), "{what}: {heard:?}");
+        let reply = self.ask(what, "POST", "user=1", "\"next\"");
+        let id = reply.json()["id"].as_u64().unwrap_or_else(|| panic!("{what}: {reply:?}"));
+        assert!(self.heard.iter().all(|(earlier, _)| *earlier < id), "{what}: {id}");
+        let (heard, missed) = read_page(&self.ask(what, "GET", &query, ""), &mut 0);
+        assert_eq!(heard.last(), Some(&(id, "next".into())), "{what}");
+        assert!(heard[..heard.len() - 1].iter().all(|message| self.heard.contains(message)), "{what}: {heard:?}");
+        assert!(missed || heard.len() == self.heard.len() + 1, "{what}: {heard:?}");
+        self.bus.aside().exists()
+    }
+}
+
+/// Repeats what was sent before the damage. A record that is damaged is none, so it may be published a second time; but it
+/// is never acknowledged without being heard.
+#[track_caller]
+fn assert_repeat_is_heard(template: &Template, what: &str) {
+    let reply = template.ask(what, "POST", "user=1&once=k", "\"once\"");
+    let id = reply.json()["id"].as_u64().unwrap_or_else(|| panic!("{what}: {reply:?}"));
+    let (heard, _) = read_page(&template.ask(what, "GET", &format!("id={}", template.start), ""), &mut 0);
+    assert!(heard.contains(&(id, "once".into())), "{what}: {id} {heard:?}");
+    assert!(heard.iter().filter(|(_, text)| text == "once").count() <= 2, "{what}: {heard:?}");
+}
+
+#[test]
+fn a_header_with_any_byte_changed_loses_messages_but_tells_so() {
+    let template = Template::new();
+    for at in 0..256 {
+        for _ in 0..2 * count("TEST_DAMAGES", 1) {
+            let byte = template.bytes[at as usize].wrapping_add(1 + below(255) as u8);
+            let aside = template
+                .assert_survives(&format!("byte {at} is {byte}"), |file| file.write_all_at(&[byte], at).unwrap());
+            assert!(aside, "byte {at}");
+        }
+    }
+    for round in 0..20 {
+        let bytes: Vec<u8> = (0..256).map(|_| below(256) as u8).collect();
+        template.assert_survives(&format!("round {round}"), |file| file.write_all_at(&bytes, 0).unwrap());
+    }
+}
+
+#[test]
+fn a_file_that_is_damaged_anywhere_loses_messages_but_tells_so() {
+    let template = Template::new();
+    let mut aside = 0;
+    for round in 0..1_000 * count("TEST_DAMAGES", 1) {
+        // A bit, a byte, several bytes, or a page of zeros or of anything.
+        let at = template.used();
+        let (from, bytes) = match round % 5 {
+            0 => (at, vec![template.bytes[at] ^ (1 << below(8))]),
+            1 => (at, vec![below(256) as u8]),
+            2 => (at, (0..=below(64)).map(|_| below(256) as u8).collect()),
+            3 => (at / 4096 * 4096, vec![0; 4096]),
+            _ => (at / 4096 * 4096, (0..4096).map(|_| below(256) as u8).collect()),
+        };
+        let what = format!("round {round}, {} bytes at {from}", bytes.len());
+        aside += usize::from(template.assert_survives(&what, |file| file.write_all_at(&bytes, from as u64).unwrap()));
+        assert_repeat_is_heard(&template, &what);
+    }
+    println!("set aside {aside} times");
+    assert!(aside > 0);
+}
+
+#[test]
+fn a_file_that_is_cut_anywhere_loses_messages_but_tells_so() {
+    let template = Template::new();
+    let length = template.bytes.len() as u64;
+    let odd = [1, 7, 255, 256, 257, 2_047, 2_049, 3_000].into_iter().chain((0..20).map(|_| below(length)));
+    for length in (0..length).step_by(4096).chain(odd).chain([length - 1, length + 1, length * 2]) {
+        template.assert_survives(&format!("{length} bytes"), |file| file.set_len(length).unwrap());
+    }
+}
+
+/// Publishes on a connection, waits a little where the file is just damaged, and notes what was acknowledged.
+fn publish_until(
+    over: &AtomicBool,
+    publisher: usize,
+    acknowledged: &Mutex<BTreeMap<u64, String>>,
+    mut ask: impl FnMut(&str) -> Reply,
+) {
+    for n in 0.. {
+        if over.load(Ordering::SeqCst) {
+            break;
+        }
+        // A file whose counter is lost begins anew by the clock, which is not to be outrun: by one slot in 256 µs.
+        thread::sleep(Duration::from_millis(1));
+        let text = format!("{publisher}-{n}");
+        let reply = ask(&json!(text).to_string());
+        match reply.outcome() {
+            (200, _) => {
+                let id = reply.json()["id"].as_u64().unwrap();
+                assert_eq!(acknowledged.lock().unwrap().insert(id, text), None, "an id twice");
+            }
+            (503, code) if ["store_broken", "store_busy", "outcome_unknown", "busy"].contains(&&code[..]) => {}
+            _ => panic!("{reply:?}"),
+        }
+    }
+}
+
+#[test]
+fn processes_at_work_on_a_file_that_is_cut_and_overwritten_go_on() {
+    let bus = LocalBus::new(limits::STORE_BYTES_MIN);
+    let start = bus.join();
+    let mut worker = bus.worker("chat.s");
+    let mut stream = Client::connect(&worker.socket);
+    stream.ask("GET", &format!("id={start}&stream=1"), &[], b"");
+    let (acknowledged, over) = (Mutex::default(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let (acknowledged, over, bus, socket) = (&acknowledged, &over, &bus, &worker.socket);
+        for publisher in 0..2 {
+            scope.spawn(move || {
+                let mut client = Client::connect(socket);
+                let ask = |body: &str| client.ask("POST", "user=1", &[], body.as_bytes()).answer().reply;
+                publish_until(over, publisher, acknowledged, ask);
+            });
+        }
+        scope.spawn(|| publish_until(over, 2, acknowledged, |body| bus.post("user=1", body)));
+        for round in 0..200 * count("TEST_DAMAGES", 1) {
+            let Ok(file) = fs::File::options().read(true).write(true).open(bus.file()) else {
+                continue;
+            };
+            let length = file.metadata().unwrap().len().max(1);
+            match round % 3 {
+                0 => file.set_len(below(length) / 4096 * 4096).unwrap(),
+                1 => file.set_len(below(length)).unwrap(),
+                _ => file.write_all_at(&[below(256) as u8; 64], below(256)).unwrap(),
+            }
+            thread::sleep(Duration::from_millis(below(10)));
+        }
+        over.store(true, Ordering::SeqCst);
+    });
+    // Whatever the last damage did.
+    bus.publish("\"last but one\"");
+    bus.publish("\"the last\"");
+    let told = stream.until("\"the last\"}");
+    assert!(worker.daemon.is_alive());
+    let acknowledged = acknowledged.into_inner().unwrap();
+    let messages = told.lines().filter_map(|line| line.strip_prefix("data: {\"id\":"));
+    let (mut last, mut heard) = (start, 0);
+    for line in messages {
+        let message: serde_json::Value =
+            serde_json::from_str(&format!("{{\"id\":{}", line.trim_end_matches(']'))).unwrap();
+        let id = message["id"].as_u64().unwrap();
+        assert!(id > last, "{line}");
+        let text = message["data"].as_str().unwrap();
+        assert!(acknowledged.get(&id).is_none_or(|acknowledged| acknowledged == text), "{line}");
+        (last, heard) = (id, heard + 1);
+    }
+    println!(
+        "{} acknowledged, {heard} heard on a stream, missed {} times",
+        acknowledged.len(),
+        told.matches("event: missed").count()
+    );
+    assert!(heard > 10 && told.contains("event: missed"));
 }

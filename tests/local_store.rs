@@ -4,14 +4,12 @@
 use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rand::TryRng;
-use rand::rngs::SysRng;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 use shortbus::limits;
@@ -514,63 +512,6 @@ fn a_writer_that_is_stopped_holds_up_no_poll_and_publishers_for_less_than_two_se
     }
     drop(file);
     assert_eq!(id_of(&store.post("user=1&once=k", "1")), id + STEP);
-}
-
-/// Damages a file in one way, and looks that nobody hears what was not said, that the next publish works, and that ids rise.
-fn assert_damage_is_survived(store: &Store, what: &str, damage: impl FnOnce(&fs::File)) {
-    let _ = fs::remove_file(store.file());
-    let _ = fs::remove_file(store.aside());
-    let start = store.join();
-    for n in 0..3 {
-        id_of(&store.post(&format!("user=1&once=k{n}"), &format!("\"message {n}\"")));
-    }
-    let before = heard(&store.get(&format!("id={start}")));
-    assert_eq!(before.len(), 3);
-    damage(&OpenOptions::new().read(true).write(true).open(store.file()).unwrap());
-    let reply = store.get(&format!("id={start}"));
-    let after = heard(&reply);
-    assert!(after.iter().all(|message| before.contains(message)), "{what}: {after:?}");
-    let id = store.publish("\"next\"");
-    let reply = store.get(&format!("id={start}"));
-    let after = heard(&reply);
-    assert!(id > start + 3 * STEP, "{what}: {id} after {start}");
-    assert!(missed(&reply) || after.len() == 4, "{what}: {after:?}");
-    assert_eq!(after.last().unwrap(), &json!({"id": id, "user": 1, "data": "next"}), "{what}");
-}
-
-#[test]
-fn a_byte_of_the_header_that_is_not_what_it_was_loses_messages_but_tells_so() {
-    let store = Store::new();
-    for at in 0..256 {
-        assert_damage_is_survived(&store, &format!("byte {at}"), |file| {
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, at).unwrap();
-            file.write_all_at(&[byte[0] ^ (1 << (at % 8))], at).unwrap();
-        });
-        assert!(store.aside().exists(), "byte {at}");
-    }
-}
-
-#[test]
-fn a_file_that_is_damaged_anywhere_or_cut_loses_messages_but_tells_so() {
-    let store = Store::of_bytes(limits::STORE_BYTES_MIN);
-    let below = |bound: u64| SysRng.try_next_u64().unwrap() % bound;
-    for round in 0..300 {
-        assert_damage_is_survived(&store, &format!("round {round}"), |file| {
-            let bytes = fs::read(store.file()).unwrap();
-            let used: Vec<u64> = (0..bytes.len() as u64).filter(|&at| bytes[at as usize] != 0).collect();
-            match round % 3 {
-                0 => file.set_len(below(bytes.len() as u64)).unwrap(),
-                1 => {
-                    let at = used[below(used.len() as u64) as usize];
-                    file.write_all_at(&[bytes[at as usize] ^ (1 << below(8))], at).unwrap();
-                }
-                _ => (0..50).for_each(|_| {
-                    file.write_all_at(&[below(256) as u8], used[below(used.len() as u64) as usize]).unwrap();
-                }),
-            }
-        });
-    }
 }
 
 #[test]
