@@ -10,11 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rand::TryRng;
-use rand::rngs::SysRng;
 use serde_json::json;
 use shortbus::bus::{self, Publish};
 use shortbus::limits;
+use shortbus::random;
 use shortbus::stores::block_on;
 use shortbus::stores::local::folder::Folder as StoreFolder;
 use shortbus::stores::local::{Local, WholeProcess};
@@ -31,7 +30,7 @@ fn count(variable: &str, usual: usize) -> usize {
 }
 
 fn below(bound: u64) -> u64 {
-    SysRng.try_next_u64().unwrap() % bound
+    random::number() % bound
 }
 
 fn missed(reply: &Reply) -> bool {
