@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::process::Command;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -20,7 +21,8 @@ use shortbus::stores::local::{Local, WholeProcess};
 
 use crate::fixtures::daemon::wait_for;
 use crate::fixtures::fastcgi_client::Client;
-use crate::fixtures::host::answer;
+use crate::fixtures::fastcgi_server::Worker;
+use crate::fixtures::host::{Host, USER, answer};
 use crate::fixtures::http_client::Reply;
 use crate::fixtures::local_bus::LocalBus;
 
@@ -623,4 +625,179 @@ fn processes_at_work_on_a_file_that_is_cut_and_overwritten_go_on() {
         told.matches("event: missed").count()
     );
     assert!(heard > 10 && told.contains("event: missed"));
+}
+
+/// One request by a program on a host: the reply, where there is one, and what went to the log.
+fn ask_by(
+    command: &mut Command,
+    settings: &[(&str, &str)],
+    method: &str,
+    query: &str,
+    body: &str,
+) -> (Option<Reply>, String) {
+    command.env_clear().env("REQUEST_METHOD", method).env("QUERY_STRING", query);
+    command.env("CONTENT_LENGTH", body.len().to_string()).envs(settings.iter().copied());
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let _ = child.stdin.take().unwrap().write_all(body.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    (Reply::parse(&output.stdout), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn a_chroot_with_nothing_but_the_executable_is_enough_with_a_place_for_the_bus() {
+    const NOBODY: &str = "65534:65534";
+    let host = Host::new();
+    let root = host.folder.join("root");
+    fs::create_dir(&root).unwrap();
+    fs::copy(host.folder.join("chat"), root.join("chat")).unwrap();
+    let ask = |settings: &[(&str, &str)], method: &str, query: &str, body: &str| {
+        let mut command = host.command(0, "/usr/sbin/chroot");
+        command.arg(format!("--userspec={NOBODY}")).args([root.to_str().unwrap(), "/chat"]);
+        ask_by(&mut command, settings, method, query, body)
+    };
+    let assert_works = |settings: &[(&str, &str)]| {
+        for query in ["user=1", "user=1&once=k"] {
+            let (reply, log) = ask(settings, "POST", query, "\"hello\"");
+            let id = reply.unwrap().json()["id"].as_u64().unwrap();
+            let (reply, _) = ask(settings, "GET", &format!("user=2&id={}", id - 1), "");
+            assert_eq!(reply.unwrap().json(), json!([{"id": id, "user": 1, "data": "hello"}]));
+            assert_eq!(log, "");
+        }
+        assert!(ask(settings, "GET", "", "").0.unwrap().json()["user"].is_number());
+    };
+    // No /dev, no /proc, no /tmp.
+    for (method, query) in [("GET", ""), ("GET", "id=1"), ("POST", "user=1")] {
+        let (reply, log) = ask(&[], method, query, "1");
+        assert_eq!(reply.unwrap().outcome(), (500, "bad_setting".into()));
+        assert!(log.contains("/dev/shm") && log.lines().count() == 1, "{log}");
+    }
+    let store = root.join("store");
+    fs::create_dir(&store).unwrap();
+    let named = [("SHORTBUS_STORE", "/store")];
+    let (reply, log) = ask(&named, "POST", "user=1", "1");
+    assert_eq!((reply.unwrap().outcome(), log.lines().count()), ((503, "store_denied".into()), 1), "{log}");
+    chown(&store, Some(65_534), None).unwrap();
+    assert_works(&named);
+    // As a container has it.
+    host.sh(&format!("mkdir -p {0}/dev/shm; mount -t tmpfs -o size=64m,mode=1777 tmpfs {0}/dev/shm", root.display()));
+    assert_works(&[]);
+    let listed = host.sh(&format!("cd {}/dev/shm/shortbus-65534; ls; readlink chat", root.display()));
+    assert_eq!(listed, "chat\nchat:messages\nlocal\n");
+    // A process that stays, with a stream.
+    let mut command = host.command(0, "/usr/sbin/chroot");
+    command.arg(format!("--userspec={NOBODY}")).args([root.to_str().unwrap(), "/chat"]).env_clear();
+    let worker = Worker::run(&mut command, host.folder.join("chat.s"), &host.folder);
+    let mut stream = Client::connect(&worker.socket);
+    stream.ask("GET", "stream=1&id=1", &[], b"").until("\n\n");
+    assert!(ask(&[], "POST", "user=1", "\"to the stream\"").0.is_some_and(|reply| reply.status == 200));
+    stream.until("\"to the stream\"");
+}
+
+#[test]
+fn limits_of_memory_and_of_a_files_size_are_kept_or_told() {
+    let bus = LocalBus::new(limits::STORE_BYTES);
+    let under = |limit: &str, method: &str, query: &str, body: &str| {
+        let output = bus.start_under(&["prlimit", limit], method, query, body).wait_with_output().unwrap();
+        let log = String::from_utf8(output.stderr.clone()).unwrap();
+        (Reply::parse(&output.stdout).unwrap_or_else(|| panic!("{output:?}")), log)
+    };
+    let memory = ["--as=33554432", "--data=33554432", "--stack=262144", "--nofile=8"];
+    for limit in memory {
+        let start = bus.join();
+        for n in 0..100 {
+            let batch = json!(vec!["x".repeat(9_000); 100]).to_string();
+            let (reply, log) = under(limit, "POST", &format!("user=1&batch=1&once={n}{}", &limit[2..4]), &batch);
+            assert_eq!((reply.status, &log[..]), (200, ""), "{limit}: {reply:?}");
+            if n > 1 && limit != memory[0] {
+                break;
+            }
+        }
+        let (mut cursor, mut heard) = (start, 0);
+        loop {
+            let before = cursor;
+            heard += read_page(&under(limit, "GET", &format!("id={cursor}"), "").0, &mut cursor).0.len();
+            if cursor == before {
+                break;
+            }
+        }
+        assert!(heard >= 300, "{limit}: {heard}");
+    }
+    // Below where the messages begin; `SIGXFSZ` would end the process without a word.
+    fs::remove_file(bus.file()).unwrap();
+    let start = bus.join();
+    for query in ["user=1", "user=1&once=k"] {
+        let (reply, log) = under("--fsize=100000", "POST", query, "1");
+        assert_eq!((reply.outcome(), log.lines().count()), ((503, "store_full".into()), 1), "{log}");
+    }
+    assert_eq!(read_page(&under("--fsize=100000", "GET", &format!("id={start}"), "").0, &mut 0).0, []);
+    assert!(!bus.aside().exists());
+}
+
+#[test]
+fn a_web_server_that_opens_no_standard_streams_does_no_harm() {
+    let bus = LocalBus::new(limits::STORE_BYTES_MIN);
+    let mut cursor = bus.join();
+    for closed in ["<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", ">&- 2>&-", "<&- >&- 2>&-"] {
+        let line = format!("exec \"$0\" {closed}");
+        let ask = |method: &str, query: &str, body: &str| {
+            let child = bus.start_under(&["sh", "-c", &line], method, query, body);
+            Reply::parse(&child.wait_with_output().unwrap().stdout)
+        };
+        let told = !closed.split(' ').any(|stream| stream.starts_with('>'));
+        let poll = ask("GET", &format!("id={cursor}"), "");
+        assert_eq!(poll.map(|reply| reply.status), told.then_some(200), "{closed}");
+        let has_body = !closed.contains('<');
+        let publish = ask("POST", "user=1", "\"hello\"");
+        assert_eq!(publish.map(|reply| reply.status), told.then_some(if has_body { 200 } else { 400 }), "{closed}");
+        assert_eq!(read_all(&bus, &mut cursor).len(), usize::from(has_body), "{closed}");
+        let wrong = ask("POST", "user=x", "1");
+        assert_eq!(wrong.map(|reply| reply.status), told.then_some(400), "{closed}");
+        assert!(!bus.aside().exists(), "{closed}");
+        // What is said of a damaged file does not get into the new one.
+        fs::File::options().write(true).open(bus.file()).unwrap().write_all_at(b"?", 20).unwrap();
+        ask("GET", &format!("id={cursor}"), "");
+        fs::remove_file(bus.aside()).unwrap();
+        cursor = bus.publish("\"anew\"");
+        assert_eq!(read_all(&bus, &mut cursor), [], "{closed}");
+        assert!(!bus.aside().exists(), "{closed}");
+    }
+}
+
+#[test]
+fn a_small_dev_shm_that_fills_up_refuses_for_certain_and_goes_on_when_there_is_room() {
+    let host = Host::new();
+    host.sh("mount -o remount,size=64m /dev/shm");
+    host.copy("other");
+    let settings = [("SHORTBUS_MAX_BYTES", "1000000")];
+    let body = json!("x".repeat(990_000)).to_string();
+    let post = |bus: &str| {
+        let mut command = host.command(USER, host.folder.join(bus));
+        let (reply, log) = ask_by(&mut command, &settings, "POST", "user=1", &body);
+        let outcome = reply.unwrap().outcome();
+        assert_eq!(log.lines().count(), usize::from(outcome.0 != 200), "{log}");
+        outcome
+    };
+    // One bus of 32 MB has room, however much is published; what two have is less than they may take.
+    for n in 0..70 {
+        assert_eq!(post("chat").0, 200, "{n}");
+    }
+    let full = (503, "store_full".into());
+    host.sh("head -c 30000000 /dev/zero > /dev/shm/theirs");
+    let refused = (0..40).map(|_| post("other")).find(|outcome| outcome.0 != 200);
+    assert_eq!(refused, Some(full.clone()));
+    // A bus that has its memory already goes on.
+    assert_eq!(post("chat").0, 200);
+    host.sh("rm /dev/shm/theirs");
+    assert_eq!(post("other").0, 200);
+    // Full before anything is decided.
+    host.sh(&format!("rm -r /dev/shm/shortbus-{USER}; cat /dev/zero > /dev/shm/theirs 2>/dev/null || :"));
+    assert_eq!(post("chat"), full);
+    assert_eq!(host.get(USER, "id=1", &[]).status, 200);
+    host.sh("rm /dev/shm/theirs");
+    assert_eq!(post("chat").0, 200);
+    // Nor has it room for a folder.
+    host.sh(&format!("rm -r /dev/shm/shortbus-{USER}; mount -o remount,nr_inodes=1 /dev/shm"));
+    assert_eq!(post("chat"), full);
+    host.sh("mount -o remount,nr_inodes=100 /dev/shm");
+    assert_eq!(post("chat").0, 200);
 }

@@ -305,7 +305,9 @@ impl<S: Sleep> Store for Local<S> {
 fn ignore_file_limit_signal() {
     static ONCE: Once = Once::new();
     // SAFETY: no handler runs; the signal is ignored.
-    ONCE.call_once(|| drop(unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) }));
+    ONCE.call_once(|| unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    });
 }
 
 /// The answer where there is no file.
