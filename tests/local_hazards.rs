@@ -1,6 +1,7 @@
 //! What a bus in a file of this host survives: processes that are killed or stopped at any moment, a file that is damaged or
 //! cut, clocks that step, and systems that are small, old or full.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
@@ -12,7 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use shortbus::bus::{self, Publish};
+use shortbus::bus::store::{Op, Reply as StoreReply, Store, StoreError};
+use shortbus::bus::{self, IdempotencyKey, Publish};
 use shortbus::limits;
 use shortbus::random;
 use shortbus::stores::block_on;
@@ -800,4 +802,108 @@ fn a_small_dev_shm_that_fills_up_refuses_for_certain_and_goes_on_when_there_is_r
     assert_eq!(post("chat"), full);
     host.sh("mount -o remount,nr_inodes=100 /dev/shm");
     assert_eq!(post("chat").0, 200);
+}
+
+/// A bus in a file, on a host whose wall clock is set by hand.
+struct Stepped<'a> {
+    store: Local<WholeProcess>,
+    /// Microseconds that its wall clock is ahead of ours.
+    ahead: &'a Cell<i64>,
+}
+
+impl Store for Stepped<'_> {
+    async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<StoreReply>, StoreError> {
+        self.store.run(batch).await
+    }
+
+    fn ahead(&self) -> u64 {
+        self.store.ahead()
+    }
+
+    async fn pause(&mut self, longest: Duration) {
+        self.store.pause(longest).await;
+    }
+
+    fn now(&self) -> Duration {
+        self.store.now()
+    }
+
+    fn unix_micros(&self) -> u64 {
+        self.store.unix_micros().saturating_add_signed(self.ahead.get())
+    }
+}
+
+#[test]
+fn steps_of_the_wall_clock_change_nothing() {
+    const HOUR: i64 = 3_600_000_000;
+    let bus = LocalBus::new(limits::STORE_BYTES_MIN);
+    let ahead = Cell::new(0);
+    let open = || Stepped {
+        store: Local::new(StoreFolder::named(bus.store()), b"chat", bus.bytes, WholeProcess),
+        ahead: &ahead,
+    };
+    let publish = |data: &str, name: Option<&str>| {
+        let key = name.map(|name| IdempotencyKey { name, token: random::number() >> 11, ttl: 123 });
+        let publish = Publish { user: 1, messages: vec![data.as_bytes()], key };
+        block_on(bus::publish(&mut open(), publish, 60)).unwrap()[0]
+    };
+    let poll = |after: u64| {
+        let page = block_on(bus::poll(&mut open(), after, None)).unwrap();
+        (page.messages.iter().map(|message| message.id).collect::<Vec<u64>>(), page.missed)
+    };
+    let start = block_on(bus::join(&mut open())).unwrap();
+    let mut ids = vec![];
+    for step in [0, HOUR, -HOUR, 24 * HOUR, -24 * HOUR, 8_760 * HOUR, -8_760 * HOUR] {
+        ahead.set(step);
+        let name = format!("1:{step}");
+        for name in [None, Some(&name[..])] {
+            ids.push(publish("1", name));
+            assert_eq!(ids.last(), Some(&(start + ids.len() as u64 * limits::SLOT_MESSAGES)), "{step}");
+            assert_eq!(poll(start), (ids.clone(), false), "{step}");
+        }
+        // A repeat, on either side of a step.
+        assert_eq!(publish("1", Some(&name)), *ids.last().unwrap(), "{step}");
+        ahead.set(-step);
+        assert_eq!(publish("1", Some(&name)), *ids.last().unwrap(), "{step}");
+        assert_eq!((poll(start), block_on(bus::join(&mut open())).ok()), ((ids.clone(), false), ids.last().copied()));
+    }
+    // A new file, while the clock is a day behind: its ids are lower, and the clients from before are told.
+    ahead.set(-24 * HOUR);
+    fs::remove_file(bus.file()).unwrap();
+    let id = publish("1", None);
+    assert!(id < start);
+    assert_eq!(poll(*ids.last().unwrap()), (vec![id], true));
+}
+
+#[test]
+fn messages_go_by_the_clock_since_the_host_started_and_by_no_other() {
+    let bus = LocalBus::new(limits::STORE_BYTES_MIN);
+    // Runs where the host has been up for so many seconds more.
+    let ask = |seconds: u32, method: &str, query: &str, body: &str| {
+        let boottime = format!("--boottime={seconds}");
+        answer(bus.start_under(&["unshare", "--time", &boottime, "--fork"], method, query, body))
+    };
+    let start = bus.join();
+    let first = bus.publish("\"first\"");
+    let poll = |seconds: u32, after: u64| {
+        let (heard, missed) = read_page(&ask(seconds, "GET", &format!("id={after}"), ""), &mut 0);
+        (heard.into_iter().map(|(_, text)| text).collect::<Vec<_>>(), missed)
+    };
+    assert_eq!(poll(30, start), (vec!["first".into()], false));
+    for later in [62, 3_600, 86_400] {
+        assert_eq!(poll(later, start), (vec![], true), "{later}");
+    }
+    // Half a minute later: the second one outlives the first.
+    let reply = ask(30, "POST", "user=1", "\"second\"");
+    assert_eq!(reply.json()["id"], first + limits::SLOT_MESSAGES);
+    assert_eq!(poll(75, start), (vec!["second".into()], true));
+    assert_eq!(poll(92, start), (vec![], true));
+    // A day later and then back, as after a start of the host: nothing from before lives, ids go on, nobody waits.
+    assert_eq!(ask(86_400, "POST", "user=1&once=k", "\"third\"").json()["id"], first + 2 * limits::SLOT_MESSAGES);
+    assert_eq!(poll(86_400, start), (vec!["third".into()], true));
+    assert_eq!(poll(0, start), (vec![], true));
+    let fourth = bus.publish("\"fourth\"");
+    assert_eq!(fourth, first + 3 * limits::SLOT_MESSAGES);
+    assert_eq!(poll(0, start), (vec!["fourth".into()], true));
+    assert_eq!(poll(62, start), (vec![], true));
 }
