@@ -663,6 +663,32 @@ fn processes_that_stay_decide_as_those_that_end() {
 }
 
 #[test]
+fn a_stream_follows_its_bus_where_it_is_decided_anew() {
+    let host = Host::new();
+    let mut command = host.command(USER, host.folder.join("chat"));
+    let worker = Worker::run(command.env_clear(), host.folder.join("chat.s"), &host.folder);
+    let id = id_of(&host.post(USER, "user=1", "\"in a file\"", &[]));
+    let mut stream = Client::connect(&worker.socket);
+    stream.ask("GET", &format!("id={}&stream=1", id - 1), &[], b"").until("\"in a file\"}\n\n");
+    let memcached = host.memcached();
+    // Nothing is published and nobody asks: the process decides because it has seen the decision go.
+    host.sh(&format!("rm /dev/shm/shortbus-{USER}/chat"));
+    wait_for("a decision", || decision(&host, "chat").as_deref() == Some("memcached"));
+    id_of(&host.post(USER, "user=1", "\"in memcached\"", &[]));
+    stream.until("\"in memcached\"}\n\n");
+    // And back, where another decides.
+    drop(memcached);
+    host.sh(&format!("cd /dev/shm/shortbus-{USER}; rm chat; ln -s local new; chown -h {USER} new; mv new chat"));
+    id_of(&host.post(USER, "user=1", "\"in the file again\"", &[]));
+    stream.until("\"in the file again\"}\n\n");
+    // The whole folder goes.
+    host.sh(&format!("rm -r /dev/shm/shortbus-{USER}"));
+    wait_for("a decision", || decision(&host, "chat").as_deref() == Some("local"));
+    id_of(&host.post(USER, "user=1", "\"in a new file\"", &[]));
+    stream.until("\"in a new file\"}\n\n");
+}
+
+#[test]
 fn a_site_on_the_local_store_has_no_memcached() {
     on_the_local_store(|| {
         let site = Site::start(Front::Bare);

@@ -4,7 +4,7 @@ pub mod decision;
 pub mod local;
 pub mod memcached;
 pub mod pooled;
-mod watches;
+pub mod watches;
 
 use std::future::Future;
 use std::path::PathBuf;
