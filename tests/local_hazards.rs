@@ -64,18 +64,25 @@ struct Ledger {
     /// What was sent with `once` and was not answered: the query, and the text.
     unanswered: Mutex<Vec<(String, String)>>,
     killed: AtomicUsize,
+    /// Publishes that others were always faster than: the 503 `busy`.
+    refused: AtomicUsize,
     waits: Mutex<Vec<Duration>>,
 }
 
 impl Ledger {
-    /// Goes by the reply to a request that was to publish these.
-    fn take_note(&self, texts: &[String], reply: &Reply) {
+    /// Goes by the reply to a request that was to publish these; whether they were published.
+    fn take_note(&self, texts: &[String], reply: &Reply) -> bool {
+        if reply.outcome() == (503, "busy".into()) {
+            self.refused.fetch_add(1, Ordering::SeqCst);
+            return false;
+        }
         assert_eq!(reply.status, 200, "{reply:?}");
         let json = reply.json();
         let ids = json["ids"].as_array().map_or_else(|| vec![json["id"].clone()], Vec::clone);
         assert_eq!(ids.len(), texts.len());
         let noted = texts.iter().cloned().zip(ids.iter().map(|id| id.as_u64().unwrap()));
         self.acknowledged.lock().unwrap().extend(noted);
+        true
     }
 
     fn killed(&self) -> usize {
@@ -117,10 +124,9 @@ fn publish_and_kill(bus: &LocalBus, publisher: usize, kills: usize, ledger: &Led
         } else {
             ledger.killed.fetch_add(1, Ordering::SeqCst);
         }
-        match Reply::parse(&output.stdout) {
-            Some(reply) => ledger.take_note(&texts, &reply),
-            None if query.contains("once") => ledger.unanswered.lock().unwrap().push((query, body)),
-            None => {}
+        let published = Reply::parse(&output.stdout).is_some_and(|reply| ledger.take_note(&texts, &reply));
+        if !published && query.contains("once") {
+            ledger.unanswered.lock().unwrap().push((query, body));
         }
     }
 }
@@ -141,13 +147,14 @@ fn serve_and_kill(bus: &LocalBus, kills: usize, ledger: &Ledger) {
                     let mut client = Client::connect(&socket);
                     for n in (round * 100_000).. {
                         let (texts, query, body) = request(publisher, n, ledger);
-                        let Some(reply) = client.try_ask("POST", &query, body.as_bytes()) else {
-                            if query.contains("once") {
-                                ledger.unanswered.lock().unwrap().push((query, body));
-                            }
+                        let reply = client.try_ask("POST", &query, body.as_bytes());
+                        let published = reply.as_ref().is_some_and(|reply| ledger.take_note(&texts, reply));
+                        if !published && query.contains("once") {
+                            ledger.unanswered.lock().unwrap().push((query, body));
+                        }
+                        if reply.is_none() {
                             break;
-                        };
-                        ledger.take_note(&texts, &reply);
+                        }
                         thread::sleep(Duration::from_millis(1));
                     }
                 });
@@ -173,9 +180,13 @@ fn publish_beside(bus: &LocalBus, kills: usize, ledger: &Ledger) -> Vec<Duration
         let publish = Publish { user: 9, messages: vec![data.as_bytes()], key: None };
         let began = Instant::now();
         let mut store = Local::new(StoreFolder::named(bus.store()), b"chat", bus.bytes, WholeProcess);
-        let ids = block_on(bus::publish(&mut store, publish, bus.ttl)).unwrap();
+        let published = block_on(bus::publish(&mut store, publish, bus.ttl));
         waits.push(began.elapsed());
-        ledger.acknowledged.lock().unwrap().insert(text, ids[0]);
+        match published {
+            Ok(ids) => drop(ledger.acknowledged.lock().unwrap().insert(text, ids[0])),
+            Err(bus::Error::Busy) => drop(ledger.refused.fetch_add(1, Ordering::SeqCst)),
+            Err(error) => panic!("{error:?}"),
+        }
         thread::sleep(Duration::from_millis(1));
     }
     waits
@@ -237,10 +248,7 @@ fn publishers_and_pollers_that_are_killed_lose_nothing() {
         wait_for("the first request's lease to end", || {
             let reply = bus.post(query, body);
             let undecided = reply.outcome() == (409, "once_undecided".into());
-            if !undecided {
-                ledger.take_note(&[body.trim_matches('"').into()], &reply);
-            }
-            !undecided
+            !undecided && ledger.take_note(&[body.trim_matches('"').into()], &reply)
         });
     }
     let heard = hear(&bus, start, &AtomicBool::new(true));
@@ -267,12 +275,13 @@ fn publishers_and_pollers_that_are_killed_lose_nothing() {
     waits.sort();
     let worst = |waits: &[Duration]| waits.iter().max().copied().unwrap_or_default();
     println!(
-        "{} killed; {} acknowledged, {} of them by a repeat, {} heard; waited: inside a process {:?} at most ({} publishes), \
+        "{} killed; {} acknowledged, {} of them by a repeat, {} heard, {} refused as busy; waited: inside a process {:?} at most ({} publishes), \
          a whole process {:?}, at most {:?} ({})",
         ledger.killed(),
         acknowledged.len(),
         unanswered.len(),
         heard.len(),
+        ledger.refused.load(Ordering::SeqCst),
         worst(&beside),
         beside.len(),
         waits.get(waits.len() / 2),
