@@ -237,10 +237,11 @@ fn publishers_and_pollers_that_are_killed_lose_nothing() {
         publishers.push(scope.spawn(|| serve_and_kill(bus, kills, ledger)));
         let failed = publishers.into_iter().filter_map(|publisher| publisher.join().err()).count();
         ledger.killed.fetch_add(if failed > 0 { kills } else { 0 }, Ordering::SeqCst);
-        let beside = beside.join().unwrap();
+        let beside = beside.join();
+        // Also where something failed: else the others would go on for ever.
         over.store(true, Ordering::SeqCst);
         assert_eq!(failed, 0);
-        (beside, poller.join().unwrap())
+        (beside.unwrap(), poller.join().unwrap())
     });
     // What was sent with `once` and has had no answer is sent again, and answered.
     let unanswered = ledger.unanswered.lock().unwrap().clone();
@@ -566,8 +567,8 @@ fn publish_until(
         if over.load(Ordering::SeqCst) {
             break;
         }
-        // A file whose counter is lost begins anew by the clock, which is not to be outrun: by one slot in 256 µs.
-        thread::sleep(Duration::from_millis(1));
+        // A file whose counter is lost begins anew by the clock, a slot for 256 µs, which is not to be outrun.
+        thread::sleep(Duration::from_millis(3));
         let text = format!("{publisher}-{n}");
         let reply = ask(&json!(text).to_string());
         match reply.outcome() {
@@ -599,19 +600,24 @@ fn processes_at_work_on_a_file_that_is_cut_and_overwritten_go_on() {
             });
         }
         scope.spawn(|| publish_until(over, 2, acknowledged, |body| bus.post("user=1", body)));
-        for round in 0..200 * count("TEST_DAMAGES", 1) {
-            let Ok(file) = fs::File::options().read(true).write(true).open(bus.file()) else {
-                continue;
-            };
-            let length = file.metadata().unwrap().len().max(1);
-            match round % 3 {
-                0 => file.set_len(below(length) / 4096 * 4096).unwrap(),
-                1 => file.set_len(below(length)).unwrap(),
-                _ => file.write_all_at(&[below(256) as u8; 64], below(256)).unwrap(),
+        let damage = scope.spawn(move || {
+            for round in 0..200 * count("TEST_DAMAGES", 1) {
+                thread::sleep(Duration::from_millis(3 + below(10)));
+                // Just now it is set aside.
+                let Ok(file) = fs::File::options().read(true).write(true).open(bus.file()) else {
+                    continue;
+                };
+                let length = file.metadata().unwrap().len().max(1);
+                match round % 3 {
+                    0 => file.set_len(below(length) / 4096 * 4096).unwrap(),
+                    1 => file.set_len(below(length)).unwrap(),
+                    _ => file.write_all_at(&[below(256) as u8; 64], below(256)).unwrap(),
+                }
             }
-            thread::sleep(Duration::from_millis(below(10)));
-        }
+        });
+        let damaged = damage.join();
         over.store(true, Ordering::SeqCst);
+        damaged.unwrap();
     });
     // Whatever the last damage did.
     bus.publish("\"last but one\"");
