@@ -18,11 +18,11 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64ct::{Base64UrlUnpadded, Encoding};
-use fixtures::daemon::{Folder, executable};
+use fixtures::daemon::{Folder, executable, is_root};
 use fixtures::fronts::Front;
 use fixtures::http_client::Stream;
 use fixtures::memcached::Memcached;
-use fixtures::site::Site;
+use fixtures::site::{NOBODY, Site, on_the_local_store};
 use hmac::{Hmac, KeyInit, Mac};
 use measure::{Table, baseline, interleave, machine, median, quantile, spread};
 use sha2::Sha256;
@@ -62,7 +62,7 @@ reply is read to the end and it is gone. *Fixed* prints an empty poll's reply. *
 reads one key that is not there, once or twice, and prints the same; it checks, limits and parses nothing. Both are
 built like the executable: static, the same profile, no start-up code. *Behind* is how far a poll's cursor lies
 behind the newest message; *live* is how many messages there are. Through a web server: requests a second of 4
-connections that are kept, memcached over TCP, ratio to fixed in the same server. Publishers: processes over TCP,
+connections that are kept, memcached over TCP or a local store in memory, ratio to fixed in the same server. Publishers: processes over TCP,
 each of them in a loop; tries by memcached's count of sets (a lone publish is one try), *refused* with a 503.";
 
 fn main() {
@@ -413,30 +413,53 @@ fn crowds(table: &mut Table, memcached: &Memcached) {
 fn web_servers(table: &mut Table) {
     for (front, name) in [(Front::ApacheCgid, "Apache, mod_cgid"), (Front::NginxFcgiwrap, "nginx, fcgiwrap")] {
         let site = Site::on(front, Memcached::start_tcp(), &[]);
+        let store = Memory::new();
+        let local = local_site(front, &store);
         let programs = [executable(), executable(), baseline("fixed"), baseline("raw")];
         for (program, name) in programs.iter().zip(["chat", "published", "fixed", "raw"]) {
             copy(program, &site.cgi_bin(name));
         }
-        let (_, id) = site.join("chat");
+        let [(_, id), (_, local_id)] = [&site, &local].map(|site| site.join("chat"));
         let get = |target: &str| format!("GET /cgi-bin/{target} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         let post = "POST /cgi-bin/published?user=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length:";
+        let publish = || format!("{post} {}\r\n\r\n{BODY}", BODY.len());
         let requests = [
-            ("fixed", get("fixed"), "[]"),
-            ("one raw round trip", get("raw"), "[]"),
-            ("**empty poll**", get(&format!("chat?user=2&id={id}")), "[]"),
-            ("**publish**", format!("{post} {}\r\n\r\n{BODY}", BODY.len()), PUBLISHED),
+            ("fixed", &site, get("fixed"), "[]"),
+            ("one raw round trip", &site, get("raw"), "[]"),
+            ("**empty poll**", &site, get(&format!("chat?user=2&id={id}")), "[]"),
+            ("**publish**", &site, publish(), PUBLISHED),
+            ("**empty poll**, local store", &local, get(&format!("chat?user=2&id={local_id}")), "[]"),
+            ("**publish**, local store", &local, publish(), PUBLISHED),
         ];
-        let rates = interleave(requests.len(), ROUNDS, |n| requests_a_second(&site, &requests[n].1, requests[n].2));
+        let rates = interleave(requests.len(), ROUNDS, |n| {
+            let (_, site, request, expect) = &requests[n];
+            requests_a_second(site, request, expect)
+        });
         for (n, (what, ..)) in requests.iter().enumerate() {
             let ratio = |to: usize| median(&rates[n]) / median(&rates[to]);
             let compared = match n {
                 0 => String::new(),
-                1 => format!("{:.2} × fixed", ratio(0)),
+                1 | 4 | 5 => format!("{:.2} × fixed", ratio(0)),
                 _ => format!("{:.2} × fixed, {:.2} × one raw", ratio(0), ratio(1)),
             };
             table.row(&format!("{name}: {what}"), spread(&rates[n], 0, "a second"), compared);
         }
     }
+}
+
+/// The same web server with its buses on a local store in memory.
+fn local_site(front: Front, store: &Memory) -> Site {
+    let mut site = None;
+    on_the_local_store(|| site = Some(Site::on(front, Memcached::absent(), &[])));
+    let site = site.unwrap();
+    let folder = site.store().1;
+    std::fs::remove_dir(&folder).unwrap();
+    std::os::unix::fs::symlink(&store.0, folder).unwrap();
+    // Apache's programs run as this user.
+    let owner = (is_root() && front == Front::ApacheCgid).then_some(NOBODY);
+    std::os::unix::fs::chown(&store.0, owner, None).unwrap();
+    ["chat", "published"].iter().for_each(|name| site.copy(name));
+    site
 }
 
 fn requests_a_second(site: &Site, request: &str, expect: &str) -> f64 {

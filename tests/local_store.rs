@@ -1,18 +1,15 @@
 //! Buses in files of this host: where a bus lives and who decides, what another user can't do, and what survives kills,
 //! damage and full disks.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rand::TryRng;
-use rand::rngs::SysRng;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 use shortbus::limits;
@@ -25,11 +22,6 @@ use crate::fixtures::host::{Host, OTHER, Request, USER, answer};
 use crate::fixtures::http_client::Reply;
 use crate::fixtures::memcached::STEP;
 use crate::fixtures::site::{Site, on_the_local_store};
-
-/// How often a process is killed in `publishers_and_pollers_that_are_killed_lose_nothing`.
-fn kills() -> usize {
-    std::env::var("TEST_KILLS").map_or(300, |kills| kills.parse().expect("TEST_KILLS is a number"))
-}
 
 #[track_caller]
 fn id_of(reply: &Reply) -> u64 {
@@ -522,63 +514,6 @@ fn a_writer_that_is_stopped_holds_up_no_poll_and_publishers_for_less_than_two_se
     assert_eq!(id_of(&store.post("user=1&once=k", "1")), id + STEP);
 }
 
-/// Damages a file in one way, and looks that nobody hears what was not said, that the next publish works, and that ids rise.
-fn assert_damage_is_survived(store: &Store, what: &str, damage: impl FnOnce(&fs::File)) {
-    let _ = fs::remove_file(store.file());
-    let _ = fs::remove_file(store.aside());
-    let start = store.join();
-    for n in 0..3 {
-        id_of(&store.post(&format!("user=1&once=k{n}"), &format!("\"message {n}\"")));
-    }
-    let before = heard(&store.get(&format!("id={start}")));
-    assert_eq!(before.len(), 3);
-    damage(&OpenOptions::new().read(true).write(true).open(store.file()).unwrap());
-    let reply = store.get(&format!("id={start}"));
-    let after = heard(&reply);
-    assert!(after.iter().all(|message| before.contains(message)), "{what}: {after:?}");
-    let id = store.publish("\"next\"");
-    let reply = store.get(&format!("id={start}"));
-    let after = heard(&reply);
-    assert!(id > start + 3 * STEP, "{what}: {id} after {start}");
-    assert!(missed(&reply) || after.len() == 4, "{what}: {after:?}");
-    assert_eq!(after.last().unwrap(), &json!({"id": id, "user": 1, "data": "next"}), "{what}");
-}
-
-#[test]
-fn a_byte_of_the_header_that_is_not_what_it_was_loses_messages_but_tells_so() {
-    let store = Store::new();
-    for at in 0..256 {
-        assert_damage_is_survived(&store, &format!("byte {at}"), |file| {
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, at).unwrap();
-            file.write_all_at(&[byte[0] ^ (1 << (at % 8))], at).unwrap();
-        });
-        assert!(store.aside().exists(), "byte {at}");
-    }
-}
-
-#[test]
-fn a_file_that_is_damaged_anywhere_or_cut_loses_messages_but_tells_so() {
-    let store = Store::of_bytes(limits::STORE_BYTES_MIN);
-    let below = |bound: u64| SysRng.try_next_u64().unwrap() % bound;
-    for round in 0..300 {
-        assert_damage_is_survived(&store, &format!("round {round}"), |file| {
-            let bytes = fs::read(store.file()).unwrap();
-            let used: Vec<u64> = (0..bytes.len() as u64).filter(|&at| bytes[at as usize] != 0).collect();
-            match round % 3 {
-                0 => file.set_len(below(bytes.len() as u64)).unwrap(),
-                1 => {
-                    let at = used[below(used.len() as u64) as usize];
-                    file.write_all_at(&[bytes[at as usize] ^ (1 << below(8))], at).unwrap();
-                }
-                _ => (0..50).for_each(|_| {
-                    file.write_all_at(&[below(256) as u8], used[below(used.len() as u64) as usize]).unwrap();
-                }),
-            }
-        });
-    }
-}
-
 #[test]
 fn a_damaged_file_is_set_aside_and_one_line_says_so() {
     let store = Store::new();
@@ -593,94 +528,6 @@ fn a_damaged_file_is_set_aside_and_one_line_says_so() {
     let reply = Reply::parse(&output.stdout).unwrap();
     assert!(id_of(&reply) > id && store.aside().exists());
     assert!(missed(&store.get(&format!("id={id}"))));
-}
-
-/// What the processes of a bus said before they were killed.
-struct Ledger {
-    /// By text.
-    acknowledged: BTreeMap<String, u64>,
-    killed: usize,
-}
-
-/// Publishes one message after the other, each by a process that may be killed at any moment.
-fn publish_and_kill(store: &Store, publisher: usize, kills: usize) -> Ledger {
-    let mut ledger = Ledger { acknowledged: BTreeMap::new(), killed: 0 };
-    let settings = store.settings();
-    for n in 0.. {
-        if ledger.killed >= kills {
-            break;
-        }
-        let (text, query) = (format!("{publisher}-{n}"), format!("user={publisher}"));
-        let body = format!("\"{text}\"");
-        let request = Request { bus: "chat", method: "POST", query: &query, body: &body, settings: &settings };
-        let mut child = store.host.start(USER, &request);
-        if n % 2 == 0 {
-            // At any moment of its few milliseconds.
-            thread::sleep(Duration::from_micros(SysRng.try_next_u64().unwrap() % 5_000));
-            let _ = child.kill();
-        }
-        let output = child.wait_with_output().unwrap();
-        if let Some(reply) = Reply::parse(&output.stdout).filter(|reply| reply.status == 200) {
-            ledger.acknowledged.insert(text, id_of(&reply));
-        }
-        // Processes that had ended were not killed.
-        ledger.killed += usize::from(output.status.code().is_none());
-    }
-    ledger
-}
-
-#[test]
-fn publishers_and_pollers_that_are_killed_lose_nothing() {
-    let store = Store::of_bytes(limits::STORE_BYTES * 4);
-    let store = Store { ttl: "3600".into(), ..store };
-    let start = store.join();
-    let over = AtomicBool::new(false);
-    let ledgers: Vec<Ledger> = thread::scope(|scope| {
-        let (store, over) = (&store, &over);
-        scope.spawn(move || {
-            // Polls that are killed leave nothing behind.
-            while !over.load(Ordering::SeqCst) {
-                let query = format!("id={start}");
-                let settings = store.settings();
-                let request = Request { bus: "chat", method: "GET", query: &query, body: "", settings: &settings };
-                let mut child = store.host.start(USER, &request);
-                thread::sleep(Duration::from_micros(SysRng.try_next_u64().unwrap() % 5_000));
-                let _ = child.kill();
-                let _ = child.wait();
-            }
-        });
-        let publishers: Vec<_> = (0..3).map(|n| scope.spawn(move || publish_and_kill(store, n, kills() / 3))).collect();
-        let ledgers = publishers.into_iter().map(|publisher| publisher.join().unwrap()).collect();
-        over.store(true, Ordering::SeqCst);
-        ledgers
-    });
-    let (mut at, mut found) = (start, BTreeMap::new());
-    loop {
-        let reply = store.get(&format!("id={at}"));
-        assert!(!missed(&reply));
-        for message in heard(&reply) {
-            let text = message["data"].as_str().unwrap().to_owned();
-            assert_eq!(found.insert(text, message["id"].as_u64().unwrap()), None, "{message}");
-        }
-        let next = reply.header("shortbus-last-id").unwrap().parse().unwrap();
-        if next == at {
-            break;
-        }
-        at = next;
-    }
-    let mut ids: Vec<u64> = found.values().copied().collect();
-    ids.sort_unstable();
-    assert_eq!(ids, (start + STEP..=at).step_by(STEP as usize).collect::<Vec<_>>(), "no slot is left out");
-    let acknowledged: Vec<_> = ledgers.iter().flat_map(|ledger| &ledger.acknowledged).collect();
-    for (text, id) in &acknowledged {
-        assert_eq!(found.get(*text), Some(*id), "{text}");
-    }
-    let killed: usize = ledgers.iter().map(|ledger| ledger.killed).sum();
-    println!("{killed} publishers killed, {} acknowledged, {} heard", acknowledged.len(), found.len());
-    assert!(killed >= kills() / 3 * 3 && !store.aside().exists());
-    let began = Instant::now();
-    store.publish("\"after\"");
-    assert!(began.elapsed() < Duration::from_secs(1));
 }
 
 /// A FastCGI process of a bus on the local store, and the executable beside it for CGI.
@@ -813,6 +660,32 @@ fn processes_that_stay_decide_as_those_that_end() {
     memcached.signal("CONT");
     wait_for("memcached", || ask("GET", "", "").status == 200);
     assert_eq!(decision(&host, "chat").as_deref(), Some("memcached"));
+}
+
+#[test]
+fn a_stream_follows_its_bus_where_it_is_decided_anew() {
+    let host = Host::new();
+    let mut command = host.command(USER, host.folder.join("chat"));
+    let worker = Worker::run(command.env_clear(), host.folder.join("chat.s"), &host.folder);
+    let id = id_of(&host.post(USER, "user=1", "\"in a file\"", &[]));
+    let mut stream = Client::connect(&worker.socket);
+    stream.ask("GET", &format!("id={}&stream=1", id - 1), &[], b"").until("\"in a file\"}\n\n");
+    let memcached = host.memcached();
+    // Nothing is published and nobody asks: the process decides because it has seen the decision go.
+    host.sh(&format!("rm /dev/shm/shortbus-{USER}/chat"));
+    wait_for("a decision", || decision(&host, "chat").as_deref() == Some("memcached"));
+    id_of(&host.post(USER, "user=1", "\"in memcached\"", &[]));
+    stream.until("\"in memcached\"}\n\n");
+    // And back, where another decides.
+    drop(memcached);
+    host.sh(&format!("cd /dev/shm/shortbus-{USER}; rm chat; ln -s local new; chown -h {USER} new; mv new chat"));
+    id_of(&host.post(USER, "user=1", "\"in the file again\"", &[]));
+    stream.until("\"in the file again\"}\n\n");
+    // The whole folder goes, though it may be there again before rm is done.
+    host.sh(&format!("rm -r /dev/shm/shortbus-{USER} || :"));
+    wait_for("a decision", || decision(&host, "chat").as_deref() == Some("local"));
+    id_of(&host.post(USER, "user=1", "\"in a new file\"", &[]));
+    stream.until("\"in a new file\"}\n\n");
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod failures;
 mod fuzz;
 mod growing;
 mod layout;
+mod local_hazards;
 mod local_store;
 mod persistent;
 mod sandbox;

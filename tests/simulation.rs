@@ -3,6 +3,10 @@
 //! poll. Several send the same with an idempotency key, and no two messages come of it. Processes publish for several at
 //! once, and a slot's messages are heard together and in their order.
 //!
+//! The local store is not modelled: a batch there runs whole under a lock or not at all, so a model of it would be one
+//! mutex, the easy case of what is modelled here. What can go wrong there is the file, and that is tried on the real one:
+//! processes that are killed, stopped and failed at each system call, with batches and repeats, in `local_hazards`.
+//!
 //! *Clean* schedules keep to what the promise assumes; *dirty* ones evict, restart, lose the counter and refuse
 //! memory, and the bus has to work again afterwards. Each rule of the protocol is also broken, to see it caught, and so is
 //! what it assumes of memcached's clock.

@@ -15,6 +15,7 @@ use crate::bus::name::Place;
 use crate::bus::{self, Page};
 use crate::limits;
 use crate::stores::pooled::{Address, Stores};
+use crate::stores::watches::Followed;
 
 /// The buses of this process that have subscribers.
 pub struct Hubs {
@@ -105,10 +106,10 @@ impl Hubs {
     }
 }
 
-/// Waits for a change of what is followed, or until the kernel has forgotten it and it is to be followed anew.
-async fn changed(followed: &mut Option<watch::Receiver<()>>) {
-    if let Some(receiver) = followed {
-        let _ = receiver.changed().await;
+/// Waits for a change of what is followed.
+async fn changed(followed: &mut Option<Followed>) {
+    if let Some(followed) = followed {
+        followed.changed().await;
     }
 }
 

@@ -4,14 +4,12 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
-
 use super::decision::{self, Decision};
 use super::local::folder::Folder;
 use super::local::{Local, OneTask};
 use super::memcached::codec::server_for;
 use super::memcached::pipelined::{Pipelined, Pool};
-use super::watches::Watches;
+use super::watches::{Followed, Watches};
 use super::{Either, random_pause, unix_micros};
 use crate::bus::name::Place;
 use crate::bus::store::{Op, Reply, Store, StoreError};
@@ -89,10 +87,16 @@ impl Pooled {
         }
     }
 
-    /// Notified from now on of each change of the bus; none where the store does not tell.
-    pub async fn follow(&mut self) -> Option<watch::Receiver<()>> {
+    /// Notified from now on of each change of the bus, and when it is to be decided anew where it lives; none where the
+    /// store does not tell.
+    pub async fn follow(&mut self) -> Option<Followed> {
         let path = self.opened().await.ok()?.path()?;
-        self.stores.watches.follow(&path)
+        let watches = &self.stores.watches;
+        let decision = match self.address.setting {
+            Setting::Unset => Some(watches.follow(&decision::link(&self.address.bus))?),
+            _ => None,
+        };
+        Some(Followed { file: watches.follow(&path)?, decision })
     }
 
     async fn opened(&mut self) -> Result<&mut Either<Pipelined, OneTask>, StoreError> {

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::future::pending;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -10,8 +11,34 @@ use std::rc::{Rc, Weak};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use tokio::io::unix::AsyncFd;
+use tokio::select;
 use tokio::sync::watch;
 use tokio::task::spawn_local;
+
+/// What tells of changes of a bus.
+pub struct Followed {
+    /// Its file.
+    pub file: watch::Receiver<()>,
+    /// The decision that it lives there, where there is one.
+    pub decision: Option<watch::Receiver<()>>,
+}
+
+impl Followed {
+    /// Waits for a change of either.
+    pub async fn changed(&mut self) {
+        let decision = async {
+            match &mut self.decision {
+                Some(decision) => decision.changed().await.is_ok(),
+                None => pending().await,
+            }
+        };
+        // An error is a change as well: the kernel has forgotten the file, and it is to be followed anew.
+        select! {
+            _ = self.file.changed() => {}
+            _ = decision => {}
+        }
+    }
+}
 
 /// The files that are waited for.
 #[derive(Default)]

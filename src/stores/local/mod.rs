@@ -23,6 +23,7 @@ use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -128,6 +129,9 @@ impl<S: Sleep> Local<S> {
 
     /// Opens the file, unless it is open; none where there is none.
     fn open(&mut self, create: bool) -> Result<Option<Open>, StoreError> {
+        if create {
+            ignore_file_limit_signal();
+        }
         if let Some(open) = &self.open {
             return match create && open.read_only {
                 true => Err(self.failed(ErrorKind::ReadOnlyFilesystem.into())),
@@ -295,6 +299,15 @@ impl<S: Sleep> Store for Local<S> {
     fn unix_micros(&self) -> u64 {
         unix_micros()
     }
+}
+
+/// A write beyond `ulimit -f` is an error from now on, and no longer the end of the process.
+fn ignore_file_limit_signal() {
+    static ONCE: Once = Once::new();
+    // SAFETY: no handler runs; the signal is ignored.
+    ONCE.call_once(|| unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    });
 }
 
 /// The answer where there is no file.
