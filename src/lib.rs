@@ -12,7 +12,7 @@
 //!   them a bus lives in where no setting says it;
 //! - [`browser`]: the client and the page that the bus serves;
 //! - [`config`]: the settings; [`variables`]: names and values as web servers give them; [`limits`]: every bound;
-//!   [`hash`]: shortens long names, and tags files; [`random`]: random numbers.
+//!   [`hash`]: shortens long names, and tags files.
 //!
 //! A poll under CGI: `main` calls [`cgi::serve`], which reads the settings and the body; [`http::answer`] reads the
 //! request's line ([`http::request`]) and calls [`bus::poll`], which runs its batches in a store
@@ -32,6 +32,5 @@ pub mod fastcgi;
 pub mod hash;
 pub mod http;
 pub mod limits;
-pub mod random;
 pub mod stores;
 pub mod variables;

@@ -35,9 +35,9 @@ const RULES: [Rule; 7] = [
     },
     Rule {
         says: "stores import of the bus what it asks of a store and its name, and nothing above that",
-        of: &["stores", "bus::store", "bus::name", "limits", "variables", "config", "hash", "random"],
+        of: &["stores", "bus::store", "bus::name", "limits", "variables", "config", "hash"],
         is_broken: |from, to| {
-            let allowed = ["stores", "bus::store", "bus::name", "limits", "variables", "config", "hash", "random"];
+            let allowed = ["stores", "bus::store", "bus::name", "limits", "variables", "config", "hash"];
             within(from, "stores") && !within_any(to, &allowed)
         },
     },

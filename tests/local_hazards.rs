@@ -12,11 +12,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rand::TryRng;
+use rand::rngs::SysRng;
 use serde_json::json;
 use shortbus::bus::store::{Op, Reply as StoreReply, Store, StoreError};
 use shortbus::bus::{self, IdempotencyKey, Publish};
 use shortbus::limits;
-use shortbus::random;
 use shortbus::stores::block_on;
 use shortbus::stores::local::folder::Folder as StoreFolder;
 use shortbus::stores::local::{Local, WholeProcess};
@@ -34,7 +35,7 @@ fn count(variable: &str, usual: usize) -> usize {
 }
 
 fn below(bound: u64) -> u64 {
-    random::number() % bound
+    SysRng.try_next_u64().unwrap() % bound
 }
 
 fn missed(reply: &Reply) -> bool {
@@ -858,7 +859,7 @@ fn steps_of_the_wall_clock_change_nothing() {
         ahead: &ahead,
     };
     let publish = |data: &str, name: Option<&str>| {
-        let key = name.map(|name| IdempotencyKey { name, token: random::number() >> 11, ttl: 123 });
+        let key = name.map(|name| IdempotencyKey { name, token: below(1 << 53), ttl: 123 });
         let publish = Publish { user: 1, messages: vec![data.as_bytes()], key };
         block_on(bus::publish(&mut open(), publish, 60)).unwrap()[0]
     };

@@ -6,10 +6,12 @@
 //! `cursor` says where the stream is, past the user's own messages; `missed` that some were missed; `unavailable` why there
 //! is no stream at the moment.
 
+use rand::TryRng;
+use rand::rngs::SysRng;
+
 use super::message;
 use crate::bus::Page;
 use crate::limits;
-use crate::random;
 
 /// What keeps a silent connection from being taken for dead: a comment.
 pub const HEARTBEAT: &[u8] = b":\n\n";
@@ -23,8 +25,8 @@ pub fn opening(out: &mut Vec<u8>, opening: &Page) {
 
 /// Appends how a stream begins: when to come back after it broke, at a random moment, so that not all do at once.
 pub fn begin(out: &mut Vec<u8>) {
-    let millis = u64::from(limits::RETRY_MILLIS);
-    out.extend_from_slice(format!("retry: {}\n\n", millis + random::number() % millis).as_bytes());
+    let random = SysRng.try_next_u32().unwrap_or_default() % limits::RETRY_MILLIS;
+    out.extend_from_slice(format!("retry: {}\n\n", limits::RETRY_MILLIS + random).as_bytes());
 }
 
 /// Appends a poll's result, and returns the id that the stream is at then: that of its last message, or `at`.

@@ -26,12 +26,14 @@ pub mod waiting;
 
 use std::borrow::Cow;
 
+use rand::TryRng;
+use rand::rngs::SysRng;
+
 use crate::browser;
 use crate::bus::store::{Store, StoreError};
 use crate::bus::{self, IdempotencyKey, Publish, name};
 use crate::config::{self, Auth, Config};
 use crate::limits;
-use crate::random;
 use crate::variables::Variables;
 use error::Error;
 use origin::METHODS;
@@ -228,7 +230,7 @@ async fn signing_key<'a>(
         Auth::Signed(None) => {
             let mut fresh = [0; limits::KEY_MIN];
             if create {
-                random::fill(&mut fresh);
+                SysRng.try_fill_bytes(&mut fresh).expect("getrandom");
             }
             Ok(bus::signing_key(store, create.then_some(&fresh)).await?.map(Cow::from))
         }
@@ -237,5 +239,6 @@ async fn signing_key<'a>(
 
 /// A random id, so that two users, or two sends, never meet, also after a restart.
 fn random_id() -> u64 {
-    random::number() & limits::MAX_ID
+    // The kernel always has random bytes once it is up: getrandom(2) fails on no system that runs a web server.
+    SysRng.try_next_u64().expect("getrandom") & limits::MAX_ID
 }

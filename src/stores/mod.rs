@@ -12,12 +12,14 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rand::TryRng;
+use rand::rngs::SysRng;
+
 use crate::bus::name;
 use crate::bus::store::{Op, Reply, Store, StoreError};
 use crate::config::{Config, StoreSetting};
 use crate::hash;
 use crate::limits;
-use crate::random;
 use decision::Decision;
 use local::folder::Folder;
 use local::{Local, Sleep, WholeProcess};
@@ -120,7 +122,8 @@ fn effective_user() -> u32 {
 
 /// A random time between half of `longest` and `longest`.
 pub fn random_pause(longest: Duration) -> Duration {
-    longest / 2 + longest.mul_f64(random::number() as f64 / u64::MAX as f64 / 2.0)
+    let random = SysRng.try_next_u32().unwrap_or_default();
+    longest / 2 + longest.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
 }
 
 /// Microseconds since 1970.

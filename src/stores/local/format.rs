@@ -11,12 +11,13 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use rand::TryRng;
+use rand::rngs::SysRng;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::Trouble;
 use crate::bus::store::{Counter, StoreError};
 use crate::limits;
-use crate::random;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"shortbus");
 /// A later version of the file counts on. All keep the header's size, magic, format and checksum where they are.
@@ -81,7 +82,7 @@ impl Header {
             format: FORMAT,
             bytes,
             floor,
-            nonce: random::number(),
+            nonce: SysRng.try_next_u64().expect("getrandom"),
             oldest: 1,
             record_head: 1,
             record_tail: 1,
