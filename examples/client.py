@@ -20,8 +20,8 @@ def pause(failures, failure):
     """Sleeps, for a random time, so that not all clients come back at once."""
     time.sleep(max(getattr(failure, "retry_after", 0), random.uniform(0, min(30, 0.5 * 2 ** min(failures, 6)))))
 
-def sign(secret, bus, user, millis, once, body):
-    text = f"{bus}\n{user}\n{millis}\n{once}\n".encode() + body
+def sign(secret, bus, user, millis, once, batch, body):
+    text = f"{bus}\n{user}\n{millis}\n{once}\n".encode() + b"batch=1\n" * batch + body
     return base64.urlsafe_b64encode(hmac.new(secret.encode(), text, hashlib.sha256).digest()).decode().rstrip("=")
 
 class Bus:
@@ -45,7 +45,7 @@ class Bus:
             query = f"?user={self.user}&once={once}" + ("&batch=1" if batch else "")
             if "secret" in self.offer:
                 now = round((time.time() + self.clock) * 1000)
-                query += f"&time={now}&sig=" + sign(self.offer["secret"], self.offer["bus"], self.user, now, once, body)
+                query += f"&time={now}&sig=" + sign(self.offer["secret"], self.offer["bus"], self.user, now, once, batch, body)
             try:
                 return self._request(query, body)[0]
             except FAILURES as failure:

@@ -189,6 +189,9 @@ pub fn signed(input: &[u8]) {
     let user = parameter("user").parse().unwrap();
     let mut mac = Hmac::<Sha256>::new_from_slice(signature::secret(KEY.as_bytes(), user).as_bytes()).unwrap();
     mac.update(format!("signed\n{user}\n{}\n{}\n", parameter("time"), parameter("once")).as_bytes());
+    if url::form_urlencoded::parse(query).any(|pair| pair == ("batch".into(), "1".into())) {
+        mac.update(b"batch=1\n");
+    }
     mac.update(body);
     assert_eq!(parameter("sig"), Base64UrlUnpadded::encode_string(&mac.finalize().into_bytes()));
 }

@@ -242,7 +242,10 @@ impl Senders<'_> {
             let (body, batch) =
                 if size == 1 { (format!("{:?}", texts[0]), "") } else { (format!("{texts:?}"), "&batch=1") };
             let target = match &signer {
-                Some(signer) => format!("chat?{}{batch}", signer.query(unix_millis(), &once, &body)),
+                Some(signer) => {
+                    let text = if batch.is_empty() { body.clone() } else { format!("batch=1\n{body}") };
+                    format!("chat?{}{batch}", signer.query(unix_millis(), &once, text))
+                }
                 None => format!("chat?user={publisher}&once={once}{batch}"),
             };
             let [ids, twice] = self.send_twice(&target, &body, n % 2 == 0);

@@ -259,10 +259,18 @@ fn nothing_signed_can_be_changed_and_no_bit_of_the_signature(front: Front) {
     }
     assert_eq!(site.writes(), before);
     assert_outcome(&site.post(&format!("chat?{}", query(u, time, "k1", &sig)), body), 200, "");
+    // A message is no batch, and a batch no message.
+    let (plain, batch) = (user.query(time, "k3", "[1,2]"), user.query(time, "k3", "batch=1\n[1,2]"));
+    for query in [format!("{plain}&batch=1"), batch.clone(), format!("{batch}&batch=0")] {
+        assert_outcome(&site.post(&format!("chat?{query}"), "[1,2]"), 403, "signature_wrong");
+    }
+    assert_outcome(&site.post(&format!("chat?{batch}"), "batch=1\n[1,2]"), 400, "not_json");
+    assert_eq!(site.post(&format!("chat?{batch}&batch=1"), "[1,2]").json()["ids"].as_array().map(Vec::len), Some(2));
+    assert_outcome(&site.post(&format!("chat?{plain}"), "[1,2]"), 409, "once_differs");
     // The same in other words.
     let target = format!("chat?sig={sig}&tim%65=0{time}&once=%6B1&user=0{u}");
     assert_outcome(&site.post(&target, body), 200, "");
-    assert_eq!(site.get("chat?id=0").json().as_array().unwrap().len(), 1);
+    assert_eq!(site.get("chat?id=0").json().as_array().unwrap().len(), 3);
 }
 
 fn a_replay_is_a_repeat(front: Front) {
@@ -499,6 +507,7 @@ struct Vector {
     bus: &'static str,
     time: u64,
     once: String,
+    is_batch: bool,
     body: Vec<u8>,
     secret: &'static str,
     sig: &'static str,
@@ -506,19 +515,20 @@ struct Vector {
 
 impl Vector {
     fn text(&self) -> Vec<u8> {
-        [format!("{}\n{}\n{}\n{}\n", self.bus, self.user, self.time, self.once).as_bytes(), &self.body].concat()
+        let head = format!("{}\n{}\n{}\n{}\n", self.bus, self.user, self.time, self.once);
+        [head.as_bytes(), if self.is_batch { b"batch=1\n" } else { b"" }, &self.body].concat()
     }
 }
 
 /// Made by Python 3.12: `urlsafe_b64encode(hmac.new(key, text, sha256).digest()).rstrip(b'=')`.
 fn vectors() -> Vec<Vector> {
-    let plain = || b"0123456789abcdef0123456789abcdef".to_vec();
+    let plain_key = || b"0123456789abcdef0123456789abcdef".to_vec();
     let longest = ["\"", &"x".repeat(10_238), "\""].concat().into_bytes();
     let longer = b"key with = and spaces, longer than one block of SHA-256: 64 bytes or so".to_vec();
     let rows = [
         // A key of 32 bytes, the least of each.
         (
-            plain(),
+            plain_key(),
             0,
             "chat",
             0,
@@ -528,7 +538,7 @@ fn vectors() -> Vec<Vector> {
             "1-P30X7kvREnFnwHV7lna7h8oIP5hYJgADYnFVb-xRQ",
         ),
         (
-            plain(),
+            plain_key(),
             42,
             "chat",
             1_700_000_000_000,
@@ -581,8 +591,29 @@ fn vectors() -> Vec<Vector> {
             "Q9feaoDuE1EzRR14xYNqvGGueLSUSgbDANjeSqS8WTE",
         ),
     ];
-    rows.map(|(key, user, bus, time, once, body, secret, sig)| Vector { key, user, bus, time, once, body, secret, sig })
-        .into()
+    let plain = rows.map(|(key, user, bus, time, once, body, secret, sig)| Vector {
+        key,
+        user,
+        bus,
+        time,
+        once,
+        is_batch: false,
+        body,
+        secret,
+        sig,
+    });
+    let batch = Vector {
+        key: plain_key(),
+        user: 43,
+        bus: "chat",
+        time: 1_700_000_000_004,
+        once: "b".into(),
+        is_batch: true,
+        body: b"[1, \"two\"]".to_vec(),
+        secret: "0_zCv5Q5i-kOV7pyrFNG7dI4PqG-KRJOENXf6w-ajeU",
+        sig: "qOpyLkyCXEjoKDyxf3gUOWHY4vO7Z1PzpVhzKmF5vQM",
+    };
+    plain.into_iter().chain([batch]).collect()
 }
 
 /// Runs a program of someone else's.
@@ -632,7 +663,9 @@ fn shortbus_makes_the_same_secrets_and_knows_the_signatures() {
     for vector in vectors() {
         assert_eq!(secret(&vector.key, vector.user), vector.secret);
         let (time, sig) = (vector.time.to_string(), Some(vector.sig));
-        let signed = Signed::read(vector.user, Some(&vector.once), Some(&time), sig, &vector.body).ok().unwrap();
+        let signed = Signed::read(vector.user, Some(&vector.once), Some(&time), sig, vector.is_batch, &vector.body)
+            .ok()
+            .unwrap();
         let (key, bus, time) = (&vector.key[..], decode(vector.bus), vector.time);
         let check = |key, now| signed.check(key, &bus, now, 60);
         assert_eq!(check(Some(key), time), Ok(()));
@@ -664,7 +697,10 @@ fn the_executable_knows_the_signatures() {
         let site = Site::with(Front::Bare, &[("kept", &kept), ("set", set.as_ref().map_or(&kept, |list| &list[..]))]);
         let set_key = format!("ms shortbus:{}:key {}\r\n", vector.bus, vector.key.len());
         site.memcached.ask([set_key.as_bytes(), &vector.key, b"\r\n"].concat());
-        let query = |sig: &str| format!("user={}&once={}&time={}&sig={sig}", vector.user, vector.once, vector.time);
+        let batch = u8::from(vector.is_batch);
+        let query = |sig: &str| {
+            format!("user={}&once={}&time={}&sig={sig}&batch={batch}", vector.user, vector.once, vector.time)
+        };
         for bus in ["kept", "set"] {
             let wrong = if vector.sig.starts_with('A') { "B" } else { "A" }.to_owned() + &vector.sig[1..];
             for (sig, code) in [(vector.sig, "signature_too_old"), (&wrong, "signature_wrong")] {

@@ -173,8 +173,9 @@ impl Error {
             Error::Signature(Signature::Wrong) => (
                 403,
                 "signature_wrong",
-                "The signature is not this user's over this message: the bus's name, user, time and once, each with a \
-                 line feed behind it, and the body's bytes. Where the bus lost its key with memcached, join again."
+                "The signature is not this user's over this message: the bus's name, user, time, once and, for a batch, \
+                 batch=1, each with a line feed behind it, and the body's bytes. Where the bus lost its key with \
+                 memcached, join again."
                     .into(),
             ),
             Error::Signature(Signature::TooOld) => (

@@ -165,7 +165,7 @@ async fn publish(
         return Err(Error::LengthRequired);
     }
     if let Auth::Signed(_) = config.auth {
-        let signed = signed(request, user, once.as_deref(), &body)?;
+        let signed = signed(request, user, once.as_deref(), is_batch, &body)?;
         let mut store = backend.open(config)?;
         let key = signing_key(&mut store, config, false).await?;
         signed.check(key.as_deref(), &config.bus, store.unix_micros() / 1_000, config.clock_window())?;
@@ -211,11 +211,12 @@ fn signed<'a>(
     request: &Request,
     user: u64,
     once: Option<&'a str>,
+    is_batch: bool,
     body: &'a [u8],
 ) -> Result<Signed<'a>, signature::Error> {
     let parameter = |name| request.parameter(name).map_err(|_twice| signature::Error::Malformed(name));
     let (time, sig) = (parameter("time")?, parameter("sig")?);
-    Signed::read(user, once, time.as_deref(), sig.as_deref(), body)
+    Signed::read(user, once, time.as_deref(), sig.as_deref(), is_batch, body)
 }
 
 /// The signing key of a signed bus: the operator's, or what the store keeps, made where there is none yet if `create`.

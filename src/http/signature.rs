@@ -4,13 +4,14 @@
 //!
 //! ```text
 //! secret = base64url(HMAC-SHA-256(signing key, USER))
-//! sig    = base64url(HMAC-SHA-256(secret, BUS "\n" USER "\n" TIME "\n" ONCE "\n" BODY))
+//! sig    = base64url(HMAC-SHA-256(secret, BUS "\n" USER "\n" TIME "\n" ONCE "\n" BATCH BODY))
 //! ```
 //!
 //! USER and TIME are decimal digits, TIME the Unix time in milliseconds; BUS is the bus's name, percent-encoded, as
-//! the join gives it; ONCE is the query parameter, BODY the request's body, byte for byte. base64url (RFC 4648 section
-//! 5) goes without padding: 43 characters. The secret is a key as those characters, so that a shell can use it.
-//! No two requests share such a text: of its parts only the last can hold a line feed.
+//! the join gives it; ONCE is the query parameter; BATCH is `"batch=1\n"` for a batch, else nothing; BODY is the
+//! request's body, byte for byte. base64url (RFC 4648 section 5) goes without padding: 43 characters. The secret is a key
+//! as those characters, so that a shell can use it. No two requests share such a text: of the parts before BATCH none
+//! holds a line feed, and no JSON begins as BATCH does.
 
 use base64ct::{Base64UrlUnpadded, Encoding};
 use hmac::{Hmac, KeyInit, Mac};
@@ -47,6 +48,7 @@ pub fn secret(signing_key: &[u8], user: u64) -> String {
 pub struct Signed<'a> {
     user: u64,
     once: &'a str,
+    batch: &'static str,
     body: &'a [u8],
     time: u64,
     sig: [u8; SIZE],
@@ -62,15 +64,17 @@ impl<'a> Signed<'a> {
         once: Option<&'a str>,
         time: Option<&str>,
         sig: Option<&str>,
+        is_batch: bool,
         body: &'a [u8],
     ) -> Result<Signed<'a>, Error> {
         let once = once.ok_or(Error::Missing("once"))?;
         let time = time.ok_or(Error::Missing("time"))?;
         let sig = sig.ok_or(Error::Missing("sig"))?;
         let time = whole_number(time.as_bytes()).ok_or(Error::Malformed("time"))?;
+        let batch = if is_batch { "batch=1\n" } else { "" };
         let mut bytes = [0; SIZE];
         match Base64UrlUnpadded::decode(sig.as_bytes(), &mut bytes) {
-            Ok(whole) if whole.len() == SIZE => Ok(Signed { user, once, body, time, sig: bytes }),
+            Ok(whole) if whole.len() == SIZE => Ok(Signed { user, once, batch, body, time, sig: bytes }),
             _ => Err(Error::Malformed("sig")),
         }
     }
@@ -83,7 +87,7 @@ impl<'a> Signed<'a> {
     /// [`Error::ClockAhead`].
     pub fn check(&self, signing_key: Option<&[u8]>, bus: &[u8], now: u64, window: u32) -> Result<(), Error> {
         let secret = secret(signing_key.ok_or(Error::Wrong)?, self.user);
-        let head = format!("{}\n{}\n{}\n{}\n", name::encode(bus), self.user, self.time, self.once);
+        let head = format!("{}\n{}\n{}\n{}\n{}", name::encode(bus), self.user, self.time, self.once, self.batch);
         // In constant time.
         let verified = mac(secret.as_bytes(), &[head.as_bytes(), self.body]).verify_slice(&self.sig);
         verified.map_err(|_| Error::Wrong)?;

@@ -49,7 +49,8 @@ class Batch {
   /** Makes the query: the sender, the idempotency key and, on a signed bus, the signature. */
   async sign() {
     const { user, credentials } = this.#session;
-    let query = `?user=${user}&once=${this.#once}${this.#isLone ? "" : "&batch=1"}`;
+    const batch = this.#isLone ? "" : "batch=1";
+    let query = `?user=${user}&once=${this.#once}${batch && `&${batch}`}`;
     if (credentials?.secret) {
       const { bus, key } = credentials;
       if (!key) {
@@ -57,7 +58,7 @@ class Batch {
         throw new BusError("insecure_context", why);
       }
       const time = this.#session.now();
-      const text = `${bus}\n${user}\n${time}\n${this.#once}\n${this.#body}`;
+      const text = `${bus}\n${user}\n${time}\n${this.#once}\n${batch && `${batch}\n`}${this.#body}`;
       const bytes = new Uint8Array(await crypto.subtle.sign("HMAC", key, utf8(text)));
       const base64 = btoa(String.fromCharCode(...bytes)).replace("=", "");
       query += `&time=${time}&sig=${base64.replaceAll("+", "-").replaceAll("/", "_")}`;
