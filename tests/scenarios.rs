@@ -396,7 +396,7 @@ fn a_foreign_page_can_neither_publish_nor_ask_to(front: Front) {
     }
     // What the browser says decides, also where the name is right: over plain http it is easily forged. Servers may hand on
     // no Origin; where they tell the scheme it has to be the right one.
-    let foreign: [&[(&str, &str)]; 7] = [
+    let foreign: [&[(&str, &str)]; 8] = [
         &[("Origin", "http://evil.example"), ("Sec-Fetch-Site", "cross-site")],
         &[("Origin", "http://localhost"), ("Sec-Fetch-Site", "cross-site")],
         &[("Origin", "http://localhost"), ("Sec-Fetch-Site", "same-site")],
@@ -404,10 +404,17 @@ fn a_foreign_page_can_neither_publish_nor_ask_to(front: Front) {
         &[("Referer", "http://evil.example/localhost")],
         &[("Referer", "http://localhost.evil.example")],
         &[("Origin", "http://localhost"), ("X-Forwarded-Proto", "https")],
+        &[("Origin", "https://localhost")],
     ];
     for headers in foreign {
         let reply = site.request("POST", "chat?user=1", headers, b"1");
         assert_outcome(&reply, 403, "foreign_origin");
+        let sentence = reply.json()["message"].as_str().unwrap().to_owned();
+        let whose = match headers[0] {
+            ("Sec-Fetch-Site", _) => "another site",
+            (_, page) => page,
+        };
+        assert!(sentence.starts_with(&format!("Pages of {whose} may not use this bus")), "{sentence}");
     }
     let by_referer = [("Referer", "https://friend.example/page")];
     assert_outcome(&site.request("POST", "chat?user=1", &by_referer, b"1"), 403, "foreign_origin");

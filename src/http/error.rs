@@ -36,7 +36,7 @@ pub enum Error {
         /// The header that told of the page.
         header: &'static str,
         /// Its value.
-        origin: String,
+        value: String,
         /// The host that the bus was asked as.
         host: String,
     },
@@ -189,10 +189,14 @@ impl Error {
                 "signature_clock_ahead",
                 "The signature's time is too far in the future; check this device's clock.".into(),
             ),
-            Error::ForeignOrigin { origin, host, .. } => (403, "foreign_origin", {
+            Error::ForeignOrigin { header, value, host } => (403, "foreign_origin", {
+                let pages = match (*header, &value[..]) {
+                    ("Sec-Fetch-Site", _) | (_, "") => "another site",
+                    (_, url) => url,
+                };
                 let host = if host.is_empty() { "without a Host" } else { host };
                 format!(
-                    "Pages of {origin} may not use this bus, which was asked as {host}. If that is its own page, a proxy \
+                    "Pages of {pages} may not use this bus, which was asked as {host}. If that is its own page, a proxy \
                      has to hand Host on as it came, with the port; else name the origin in SHORTBUS_ALLOW_ORIGIN."
                 )
                 .into()
@@ -325,7 +329,7 @@ impl Error {
             Error::Bus(bus::Error::Store(error)) => error.to_string(),
             Error::Bus(bus::Error::OutcomeUnknown(cause)) => cause.clone(),
             Error::Setting(config::Error { value, .. }) => format!("{sentence} (it is '{value}')"),
-            Error::ForeignOrigin { header, origin, host } => format!("{sentence} ({header}: {origin}, Host: {host})"),
+            Error::ForeignOrigin { header, value, host } => format!("{sentence} ({header}: {value}, Host: {host})"),
             Error::UnknownPath(path) => format!("{sentence} (PATH_INFO: {path})"),
             Error::BadMethod(method, _) => format!("{sentence} (REQUEST_METHOD: {method})"),
             _ => sentence.into(),

@@ -43,8 +43,10 @@ pub fn check(request: &Request, config: &Config) -> Result<(), Error> {
         return Ok(());
     }
     let text = |name| String::from_utf8_lossy(variables.text(name)).into_owned();
-    let (header, origin) = if origin.is_some() { ("Origin", "HTTP_ORIGIN") } else { ("Referer", "HTTP_REFERER") };
-    Err(Error::ForeignOrigin { header, origin: text(origin), host: text("HTTP_HOST") })
+    let headers = [("Origin", "HTTP_ORIGIN"), ("Referer", "HTTP_REFERER"), ("Sec-Fetch-Site", "HTTP_SEC_FETCH_SITE")];
+    let told = headers.into_iter().map(|(header, name)| (header, text(name))).find(|(_, value)| !value.is_empty());
+    let (header, value) = told.unwrap_or(("Origin", String::new()));
+    Err(Error::ForeignOrigin { header, value, host: text("HTTP_HOST") })
 }
 
 /// The origin in a URL.
