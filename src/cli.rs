@@ -7,6 +7,7 @@ use crate::bus;
 use crate::bus::store::{Op, Store, StoreError};
 use crate::config::{Auth, Config, StoreSetting};
 use crate::http::error::Error;
+use crate::http::response::one_line;
 use crate::stores::block_on;
 use crate::stores::decision::{self, Decision};
 use crate::stores::local::folder::Folder;
@@ -34,7 +35,7 @@ fn check(argv0: &[u8]) -> (i32, String) {
     let environment = Variables::environment();
     let config = match Config::read(&environment, &Variables::default(), argv0, 0) {
         Ok(config) => config,
-        Err(error) => return (1, format!("shortbus: {}\n", cause(error.into()))),
+        Err(error) => return (1, format!("shortbus: {}\n", one_line(&cause(error.into())))),
     };
     let source = |name: &str, default| if environment.get(name).is_some() { "environment" } else { default };
     let origins = if config.allow_origin.is_empty() { "none".into() } else { config.allow_origin.join(" ") };
@@ -64,7 +65,7 @@ fn check(argv0: &[u8]) -> (i32, String) {
         ("SHORTBUS_AUTH", auth.into(), "default"),
         ("SHORTBUS_KEY", key, "default"),
     ] {
-        out.push_str(&format!("{name:22} {value}  ({})\n", source(name, default)));
+        out.push_str(&format!("{name:22} {}  ({})\n", one_line(&value), source(name, default)));
     }
     let result = home(&config).and_then(|(home, decided)| {
         out.push_str(&format!("{:22} {decided}\n", "lives in"));
@@ -75,8 +76,8 @@ fn check(argv0: &[u8]) -> (i32, String) {
         out.push_str(&format!("{:22} user {user} {warning}\n", "warning"));
     }
     match result {
-        Ok(line) => (0, format!("{out}{line}\nok\n")),
-        Err(error) => (1, format!("{out}shortbus: {error}\n")),
+        Ok(line) => (0, format!("{out}{}\nok\n", one_line(&line))),
+        Err(error) => (1, format!("{out}shortbus: {}\n", one_line(&error))),
     }
 }
 

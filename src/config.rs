@@ -11,18 +11,24 @@ use crate::variables::{Variables, whole_number};
 /// A setting that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
+    /// The bus's name.
+    pub bus: Vec<u8>,
     /// The setting's name.
     pub name: String,
     /// What is wrong, and what to do: the sentence goes on from the name.
     pub wrong: String,
-    /// Its value, for the operator; of a secret, no more than its length.
+    /// Its value in quotes, for the operator; of a secret, no more than its length.
     pub value: String,
 }
 
 impl Error {
     fn new(name: &str, value: &[u8], allowed: &str) -> Error {
-        let wrong = format!("cannot be used as it is; it has to be {allowed}.");
-        Error { name: name.into(), wrong, value: String::from_utf8_lossy(value).into_owned() }
+        Error::told(name, format!("cannot be used as it is; it has to be {allowed}."), quoted(value))
+    }
+
+    /// Of which bus, [`Config::read`] adds.
+    fn told(name: &str, wrong: impl Into<String>, value: String) -> Error {
+        Error { bus: Vec::new(), name: name.into(), wrong: wrong.into(), value }
     }
 }
 
@@ -107,13 +113,15 @@ impl Config {
     /// # Errors
     /// An [`Error`] for the first setting that cannot be used; no default takes its place.
     pub fn read(variables: &Variables, environment: &Variables, argv0: &[u8], wait: u32) -> Result<Config, Error> {
-        check_names(variables)?;
-        check_names(environment)?;
         let settings = Settings { variables, environment };
-        let bus = match settings.get("SHORTBUS_BUS") {
-            Some(name) => name,
-            None => argv0.rsplit(|&byte| byte == b'/').next().unwrap_or_default(),
-        };
+        let file_name = || argv0.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+        let bus = settings.get("SHORTBUS_BUS").unwrap_or_else(file_name);
+        Config::read_of(bus, &settings, wait).map_err(|error| Error { bus: bus.to_vec(), ..error })
+    }
+
+    fn read_of(bus: &[u8], settings: &Settings, wait: u32) -> Result<Config, Error> {
+        check_names(settings.variables)?;
+        check_names(settings.environment)?;
         if bus.is_empty() {
             return Err(Error::new("SHORTBUS_BUS", b"", BUS_ALLOWED));
         }
@@ -160,9 +168,9 @@ fn check_names(variables: &Variables) -> Result<(), Error> {
             continue;
         }
         let error = |wrong: String| {
-            let [name, value] = [name, variables.text(&String::from_utf8_lossy(name))].map(String::from_utf8_lossy);
+            let name = String::from_utf8_lossy(name);
             // A secret under a wrong name is one still.
-            Err(Error { name: name.into(), wrong, value: format!("{} bytes long", value.len()) })
+            Err(Error::told(&name, wrong, length_of(variables.text(&name))))
         };
         let plain = String::from_utf8_lossy(plain);
         if name != plain.as_bytes() {
@@ -179,6 +187,16 @@ fn check_names(variables: &Variables) -> Result<(), Error> {
     Ok(())
 }
 
+/// A value as the operator is shown it.
+fn quoted(value: &[u8]) -> String {
+    format!("'{}'", String::from_utf8_lossy(value))
+}
+
+/// How long a secret is.
+fn length_of(secret: &[u8]) -> String {
+    format!("{} bytes long", secret.len())
+}
+
 /// Where settings come from.
 struct Settings<'a> {
     variables: &'a Variables<'a>,
@@ -192,18 +210,16 @@ impl<'a> Settings<'a> {
 
     fn auth(&self) -> Result<Auth, Error> {
         let key = self.get("SHORTBUS_KEY");
-        let length = key.map(|key| format!("{} bytes long", key.len())).unwrap_or_default();
         match (self.get("SHORTBUS_AUTH"), key) {
             (None, None) => Ok(Auth::Open),
-            (None, Some(_)) => Err(Error {
-                name: "SHORTBUS_KEY".into(),
-                wrong: "is set, but SHORTBUS_AUTH is not: the bus would be open; set SHORTBUS_AUTH to signed, or take \
-                        the key out."
-                    .into(),
-                value: length,
-            }),
+            (None, Some(key)) => Err(Error::told(
+                "SHORTBUS_KEY",
+                "is set, but SHORTBUS_AUTH is not: the bus would be open; set SHORTBUS_AUTH to signed, or take the key \
+                 out.",
+                length_of(key),
+            )),
             (Some(b"signed"), Some(key)) if key.len() < limits::KEY_MIN => {
-                Err(Error::new("SHORTBUS_KEY", length.as_bytes(), KEY_ALLOWED))
+                Err(Error { value: length_of(key), ..Error::new("SHORTBUS_KEY", b"", KEY_ALLOWED) })
             }
             (Some(b"signed"), key) => Ok(Auth::Signed(key.map(<[u8]>::to_vec))),
             (Some(auth), _) => Err(Error::new("SHORTBUS_AUTH", auth, AUTH_ALLOWED)),
@@ -216,13 +232,11 @@ impl<'a> Settings<'a> {
             Some(folder) if !folder.starts_with(b"/") || folder.contains(&0) => {
                 Err(Error::new("SHORTBUS_STORE", folder, STORE_ALLOWED))
             }
-            Some(folder) if !servers.is_empty() => Err(Error {
-                name: "SHORTBUS_STORE".into(),
-                wrong:
-                    "is set, and SHORTBUS_MEMCACHED is too: the bus can live in one place only; take one of them out."
-                        .into(),
-                value: String::from_utf8_lossy(folder).into_owned(),
-            }),
+            Some(folder) if !servers.is_empty() => Err(Error::told(
+                "SHORTBUS_STORE",
+                "is set, and SHORTBUS_MEMCACHED is too: the bus can live in one place only; take one of them out.",
+                quoted(folder),
+            )),
             Some(folder) => Ok(StoreSetting::Folder(PathBuf::from(OsStr::from_bytes(folder)))),
             None if servers.is_empty() => Ok(StoreSetting::Unset),
             None => Ok(StoreSetting::Memcached(servers)),

@@ -91,6 +91,12 @@ fn a_check_shows_each_setting_and_where_it_comes_from_and_touches_no_message() {
 }
 
 #[test]
+fn a_check_shows_each_value_on_one_line() {
+    let output = run(&site(), &["--check"], &[("SHORTBUS_BUS", "a\nok\u{1b}[2J")]);
+    assert!(text(&output.stdout).contains("SHORTBUS_BUS           a\\nok\\u{1b}[2J  (environment)\n"), "{output:?}");
+}
+
+#[test]
 fn a_check_tells_of_a_key_but_never_the_key() {
     let site = site();
     let key = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
@@ -113,6 +119,8 @@ fn a_check_that_fails_says_why_and_ends_with_1() {
     let mut site = site();
     for (settings, word) in [
         (&[("SHORTBUS_TTL", "0")][..], "(it is '0')"),
+        (&[("SHORTBUS_TTLS", "secret")], "(it is 6 bytes long)"),
+        (&[("SHORTBUS_AUTH", "signed"), ("SHORTBUS_KEY", "short")], "(it is 5 bytes long)"),
         (&[("SHORTBUS_MEMCACHED", "/nowhere")], "cannot reach memcached"),
         (&[("SHORTBUS_MEMCACHED", "127.0.0.1:1")], "cannot reach memcached"),
     ] {

@@ -573,7 +573,19 @@ fn a_setting_that_cannot_be_used_is_named(front: Front) {
             assert!(message.contains(name) && message.contains("has to be "), "{message}");
             // The value is for the operator alone.
             assert!(value.len() < 3 || !message.contains(&format!("'{value}'")), "{message}");
-            wait_for("the value in the log", || site.log().contains(&format!("(it is '{value}')")));
+            let known = if *name == "SHORTBUS_BUS" { "-" } else { bus };
+            let is_told = |line: &str| {
+                line.contains(&format!("shortbus: {known}: bad_setting: "))
+                    && line.contains(&format!("(it is '{value}')"))
+            };
+            wait_for("the bus and the value in the log", || site.log().lines().any(is_told));
+        }
+        // Files need no setting. The page says what is wrong.
+        let page = site.get(&format!("{bus}/"));
+        assert_eq!((page.status, page.text()), (200, shortbus::browser::find(b"/").unwrap().body));
+        assert!(page.header("content-security-policy").is_some(), "{page:?}");
+        for (method, target) in [("PUT", format!("{bus}/")), ("GET", format!("{bus}/nothing"))] {
+            assert_outcome(&site.request(method, &target, &[], b""), 500, "bad_setting");
         }
     }
     site.copy("chat");

@@ -385,7 +385,7 @@ fn a_key_has_32_bytes_at_least_and_any_of_them(front: Front) {
                 "{message}"
             );
         }
-        let length = format!("(it is '{} bytes long')", key.len());
+        let length = format!("(it is {} bytes long)", key.len());
         wait_for("its length in the log", || site.log().contains(&length));
     }
     // An open bus has no use for it.

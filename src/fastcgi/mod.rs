@@ -317,11 +317,16 @@ impl Server {
     }
 
     async fn answer(&self, request: Request, refused: bool) -> Response {
-        if request.parameters.too_many || refused {
-            return http::refuse(if refused { &Error::Crowded } else { &Error::HeadersTooLarge });
+        if request.parameters.too_many {
+            // What names the bus may be among those that were dropped.
+            return Response::error(b"", &Error::HeadersTooLarge);
         }
         let variables = request.parameters.variables();
         let config = self.config(&variables);
+        if refused {
+            let bus = config.as_ref().map_or_else(|error| &error.bus, |config| &config.bus);
+            return Response::error(bus, &Error::Crowded);
+        }
         let limit = config.as_ref().map_or(0, |config| request::body_limit(&variables, config));
         let body = request::read_body(&variables, &request.body[..], limit);
         http::answer(&variables, Gateway::FastCgi, config, body, self).await

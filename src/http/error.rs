@@ -328,7 +328,7 @@ impl Error {
         match self {
             Error::Bus(bus::Error::Store(error)) => error.to_string(),
             Error::Bus(bus::Error::OutcomeUnknown(cause)) => cause.clone(),
-            Error::Setting(config::Error { value, .. }) => format!("{sentence} (it is '{value}')"),
+            Error::Setting(config::Error { value, .. }) => format!("{sentence} (it is {value})"),
             Error::ForeignOrigin { header, value, host } => format!("{sentence} ({header}: {value}, Host: {host})"),
             Error::UnknownPath(path) => format!("{sentence} (PATH_INFO: {path})"),
             Error::BadMethod(method, _) => format!("{sentence} (REQUEST_METHOD: {method})"),

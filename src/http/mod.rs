@@ -71,11 +71,12 @@ pub async fn answer(
     body: Result<Vec<u8>, Error>,
     backend: &impl Backend,
 ) -> Response {
+    let request = Request::read(variables, gateway, config.as_ref().map_or(0, |config| config.wait));
     let config = match config {
         Ok(config) => config,
-        Err(error) => return refuse(&error.into()),
+        // Files need no setting: the page shows what is wrong.
+        Err(error) => return file(&request).unwrap_or_else(|_| Response::error(&error.bus.clone(), &error.into())),
     };
-    let request = Request::read(variables, gateway, &config);
     let result = route(&request, &config, body, backend).await;
     let mut response = result.unwrap_or_else(|error| Response::error(&config.bus, &error));
     if response.is_server_error() && request.accepts_events() {
@@ -83,11 +84,6 @@ pub async fn answer(
     }
     origin::allow(variables, &config, &mut response);
     response
-}
-
-/// Answers without a look at the request: the front cannot serve it.
-pub fn refuse(error: &Error) -> Response {
-    Response::error(b"-", error)
 }
 
 async fn route(

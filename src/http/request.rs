@@ -50,7 +50,8 @@ pub struct PollQuery {
 
 impl<'a> Request<'a> {
     /// Reads the request's line from its variables.
-    pub fn read(variables: &'a Variables<'a>, gateway: Gateway, config: &Config) -> Request<'a> {
+    /// Its poll may wait for `wait` seconds, by the settings.
+    pub fn read(variables: &'a Variables<'a>, gateway: Gateway, wait: u32) -> Request<'a> {
         let [method, path, query] = ["REQUEST_METHOD", "PATH_INFO", "QUERY_STRING"].map(|name| variables.text(name));
         let names_bus = || form_urlencoded::parse(query).any(|(name, _)| ["user", "id", "stream"].contains(&&name[..]));
         let path = match (path, method) {
@@ -66,7 +67,7 @@ impl<'a> Request<'a> {
         // fcgiwrap holds a CGI program's output back until its end, unless it is told not to.
         let held_back =
             gateway == Gateway::Cgi && software.starts_with(b"nginx") && variables.get("NO_BUFFERING").is_none();
-        let wait = if stalls { 0 } else { config.wait };
+        let wait = if stalls { 0 } else { wait };
         Request { variables, method, path, query, wait, streams: wait > 0 && !held_back }
     }
 

@@ -99,7 +99,7 @@ impl Response {
         }
     }
 
-    /// An error, for the client and for the operator. `bus` is the bus's name, or `-`.
+    /// An error, for the client and for the operator. `bus` is the bus's name, empty where it is not known.
     pub fn error(bus: &[u8], error: &Error) -> Response {
         let (status, code, sentence) = error.row();
         let message = serde_json::Value::from(&sentence[..]);
@@ -116,8 +116,9 @@ impl Response {
             _ if status == 503 => response.header("Retry-After", limits::RETRY_AFTER),
             _ => {}
         }
-        let line = format!("{}: {code}: {}", String::from_utf8_lossy(bus), error.cause(&sentence));
-        response.log = Some(format!("shortbus: {}", line.chars().flat_map(printable).collect::<String>()));
+        let bus = if bus.is_empty() { "-".into() } else { String::from_utf8_lossy(bus) };
+        let line = format!("shortbus: {bus}: {code}: {}", error.cause(&sentence));
+        response.log = Some(one_line(&line));
         response
     }
 
@@ -186,7 +187,11 @@ fn reason(status: u16) -> &'static str {
     }
 }
 
-/// A log line stays one line, reads from left to right, and tells a terminal that shows it nothing to do.
+/// A line that stays one, reads from left to right, and tells a terminal that shows it nothing to do.
+pub fn one_line(text: &str) -> String {
+    text.chars().flat_map(printable).collect()
+}
+
 fn printable(char: char) -> impl Iterator<Item = char> {
     let plain = char.is_ascii_graphic() || char == ' ';
     plain.then_some(char).into_iter().chain((!plain).then(|| char.escape_debug()).into_iter().flatten())
