@@ -944,10 +944,11 @@ fn the_client_and_the_page_come_with_the_bus(front: Front) {
         let cors = site.request("GET", &target, &[("Origin", "https://a.example")], b"");
         assert_eq!(cors.header("access-control-allow-origin"), Some("https://a.example"));
         // To the slash one can publish.
-        let method = if path == "/" { "PUT" } else { "POST" };
+        let (method, allowed) = if path == "/" { ("PUT", "GET, HEAD, POST, OPTIONS") } else { ("POST", "GET, HEAD") };
         let post = site.request(method, &format!("{target}?user=1"), &[], b"1");
         assert_outcome(&post, 405, "bad_method");
-        assert_eq!(post.header("allow"), Some("GET, HEAD"));
+        assert_eq!(post.header("allow"), Some(allowed));
+        assert!(post.json()["message"] == format!("Use one of {allowed}."), "{post:?}");
     }
     for path in ["/page", "/shortbus", "/shortbus.js/", "//", "/SHORTBUS.JS"] {
         // Apache makes one slash of two.
@@ -1286,7 +1287,7 @@ fn a_slash_behind_the_name_is_the_bus_where_only_it_can_be_meant(front: Front) {
         assert_eq!(site.get(page).header("content-type"), Some("text/html; charset=utf-8"), "{page}");
     }
     // What a POST is after a redirect that makes a GET of it.
-    for target in ["chat?user=1&once=a", "chat/?user=1&once=a&time=1&sig=b"] {
+    for target in ["chat?user=1&once=a", "chat/?user=1&once=a&time=1&sig=b", "chat?user=1&batch=1"] {
         assert_outcome(&site.get(target), 400, "redirected");
     }
 }
@@ -1423,7 +1424,13 @@ fn a_batch_that_cannot_be_published_names_the_element(front: Front) {
         let reply = site.post("chat?user=1&batch=1", body);
         assert_outcome(&reply, status, code);
         assert_eq!(reply.json().get("element").and_then(Value::as_u64), element, "{reply:?}");
+        // An element's sentence is that of a message.
+        let sentence = reply.json()["message"].as_str().unwrap().to_owned();
+        assert_eq!(sentence.starts_with("The batch is longer than 1000000 bytes"), status == 413 && element.is_none());
+        assert_eq!(sentence.contains("message ") && !sentence.contains("batch"), element.is_some(), "{sentence}");
     }
+    // Without it a message is no longer than one may be.
+    assert_outcome(&site.post("chat?user=1&batch=0", text(10_241)), 413, "too_large");
     assert_outcome(&site.post("chat?user=1&batch=2", "[1]"), 400, "bad_parameter");
     assert_eq!(site.get(&format!("chat?id={start}")).text(), "[]");
     // Without it an array is a message.

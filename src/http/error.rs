@@ -22,7 +22,7 @@ pub enum Error {
     ContentEncoding(String),
     /// The body is a number, and nothing says where it ends.
     LengthRequired,
-    /// The body is longer than `SHORTBUS_MAX_BYTES`.
+    /// The message is longer than `SHORTBUS_MAX_BYTES`.
     TooLarge {
         /// `SHORTBUS_MAX_BYTES`.
         limit: usize,
@@ -125,7 +125,7 @@ impl Error {
             Error::TooLarge { limit } => (
                 413,
                 "too_large",
-                format!("The body is longer than the {limit} bytes this bus takes; SHORTBUS_MAX_BYTES sets that.").into(),
+                format!("The message is longer than the {limit} bytes this bus takes; SHORTBUS_MAX_BYTES sets that.").into(),
             ),
             Error::Message(Message::NotBatch) => (
                 400,
@@ -133,10 +133,12 @@ impl Error {
                 format!("With batch=1 the body has to be an array of 1 to {} messages.", limits::SLOT_MESSAGES).into(),
             ),
             Error::Message(Message::TooLarge { limit }) => Error::TooLarge { limit: *limit }.row(),
-            Error::Message(Message::Element(index, wrong)) => {
-                let (status, code, sentence) = Error::Message((**wrong).clone()).row();
-                (status, code, format!("Element {index} of the batch: {sentence} Nothing was published.").into())
-            }
+            Error::Message(Message::LongBatch) => (
+                413,
+                "too_large",
+                format!("The batch is longer than {} bytes; publish it as several.", limits::BATCH_BYTES).into(),
+            ),
+            Error::Message(Message::Element(_, wrong)) => Error::Message((**wrong).clone()).row(),
             Error::Message(Message::NotUtf8 { at }) => {
                 (400, "not_utf8", format!("The body is not UTF-8, as JSON has to be (byte {at}).").into())
             }
@@ -150,10 +152,10 @@ impl Error {
             Error::Message(Message::LongNumber) => (
                 400,
                 "number_too_long",
-                format!("A number in the body has more than {} characters.", limits::NUMBER_MAX).into(),
+                format!("A number in the message has more than {} characters.", limits::NUMBER_MAX).into(),
             ),
             Error::Message(Message::TooDeep) => {
-                (400, "too_deep", format!("The body nests deeper than {} levels.", limits::DEPTH_MAX).into())
+                (400, "too_deep", format!("The message nests deeper than {} levels.", limits::DEPTH_MAX).into())
             }
             Error::Signature(Signature::Missing(name)) => (
                 403,
@@ -214,7 +216,7 @@ impl Error {
                 "There is nothing at this path; the bus is the URL that ends with its name.".into(),
             ),
             Error::BadMethod(_, allowed) => {
-                (405, "bad_method", format!("Use one of {allowed}: GET joins, polls and fetches, POST publishes.").into())
+                (405, "bad_method", format!("Use one of {allowed}.").into())
             }
             Error::HeadersTooLarge => {
                 (431, "headers_too_large", "The request's headers are longer than 64 KB in all.".into())

@@ -30,6 +30,8 @@ pub enum Error {
     LongNumber,
     /// A batch is no array, or has too many elements or none.
     NotBatch,
+    /// A batch is longer than [`limits::BATCH_BYTES`].
+    LongBatch,
     /// An element of a batch has more bytes than a message may.
     TooLarge {
         /// `SHORTBUS_MAX_BYTES`.

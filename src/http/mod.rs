@@ -151,7 +151,11 @@ async fn publish(
     origin::check(request, config)?;
     let user = request.id("user")?.ok_or(Error::BadParameter("user", "is missing"))?;
     let is_batch = request.flag("batch")?;
-    let (body, once) = (body?, request.once()?);
+    let body = match body {
+        Err(Error::TooLarge { .. }) if is_batch => return Err(message::Error::LongBatch.into()),
+        body => body?,
+    };
+    let once = request.once()?;
     let messages = match is_batch {
         true => message::check_batch(&body, config.max_bytes)?,
         false => vec![message::check(&body)?],
@@ -189,7 +193,8 @@ fn file(request: &Request) -> Result<Response, Error> {
     let path = || String::from_utf8_lossy(request.path).into_owned();
     let file = browser::find(request.path).ok_or_else(|| Error::UnknownPath(path()))?;
     if !matches!(request.method, b"GET" | b"HEAD") {
-        return Err(bad_method(request, "GET, HEAD"));
+        // A POST to the slash is the bus's.
+        return Err(bad_method(request, if request.path == b"/" { METHODS } else { "GET, HEAD" }));
     }
     let tag = format!("\"{:032x}\"", file.tag);
     let if_none_match = String::from_utf8_lossy(request.variables.text("HTTP_IF_NONE_MATCH"));

@@ -86,11 +86,12 @@ impl<'a> Request<'a> {
         if after.is_some() || stream {
             return Ok(Some(PollQuery { after, user, wait: wait.min(self.wait.into()) as u32, stream }));
         }
-        match (user, self.once()?) {
-            (None, _) => Ok(None),
-            (Some(_), None) => Err(Error::BadParameter("id", "is missing")),
-            // No poll has a 'once'.
-            (Some(_), Some(_)) => Err(Error::Redirected),
+        // No poll has one of these.
+        let is_publish = self.once()?.is_some() | self.flag("batch")?;
+        match user {
+            None => Ok(None),
+            Some(_) if is_publish => Err(Error::Redirected),
+            Some(_) => Err(Error::BadParameter("id", "is missing")),
         }
     }
 
@@ -178,7 +179,8 @@ impl<'a> Request<'a> {
 
 /// Most bytes of a request's body.
 pub fn body_limit(variables: &Variables, config: &Config) -> usize {
-    let is_batch = form_urlencoded::parse(variables.text("QUERY_STRING")).any(|(name, _)| name == "batch");
+    let mut parameters = form_urlencoded::parse(variables.text("QUERY_STRING"));
+    let is_batch = parameters.any(|(name, value)| (&name[..], &value[..]) == ("batch", "1"));
     if is_batch { limits::BATCH_BYTES.max(config.max_bytes) } else { config.max_bytes }
 }
 

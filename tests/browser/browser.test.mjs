@@ -1627,6 +1627,9 @@ test("the page of a bus says what is wrong by the server's code and sentence, un
   await own.startApache();
   await says(page, "#code", "bad_setting");
   await says(page, "#sentence", "SHORTBUS_TTL cannot be used as it is; it has to be a whole number of seconds");
+  // The page needs no setting.
+  await page.reload();
+  await says(page, "#code", "bad_setting");
 });
 
 test("behind a proxy that hands on another Host, the page of a bus says what to set", async (t) => {
