@@ -39,7 +39,7 @@ class Bus:
 
     def publish(self, data, batch=False, once=None):
         """Publishes a message, or with `batch` all elements of an array: the reply, with `id` and `ids`."""
-        body, once = json.dumps(data).encode(), once or secrets.token_hex(16)
+        body, once = json.dumps(data, allow_nan=False).encode(), once or secrets.token_hex(16)
         until, has_rejoined = time.monotonic() + self.deadline, False
         for failures in itertools.count():
             query = f"?user={self.user}&once={once}" + ("&batch=1" if batch else "")

@@ -1,5 +1,6 @@
 //! The examples that are no configurations: what people start from, on real servers.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -70,6 +71,12 @@ def refused(*message, **options):
         return error.code
 
 assert refused([1, "x" * 20_000], batch=True) == "too_large"
+try:
+    ann.publish(float("inf"))
+except ValueError as error:
+    assert "JSON" in str(error)
+else:
+    assert False, "JSON has no Infinity"
 assert ann.publish("k", once="k") == ann.publish("k", once="k")
 assert [each["data"] for each in bob.poll()] == ["k"]
 assert refused("another", once="k") == "once_differs"
@@ -257,6 +264,58 @@ fn php_sends_again_what_had_no_answer_and_says_why_it_gives_up() {
     let refused = refused.unwrap();
     let said = [refused.stdout, refused.stderr].concat();
     assert!(!refused.status.success() && String::from_utf8_lossy(&said).contains("SHORTBUS_MAX_BYTES"));
+}
+
+/// Runs a line of PHP that has the function and the bus's URL: what it prints, and whether it came to its end.
+fn php(site: &Site, bus: &str, line: &str) -> (String, bool) {
+    let code = format!("require 'examples/publish.php'; $bus = '{}cgi-bin/{bus}'; {line}", site.url());
+    let output = Command::new("php").args(["-r", &code]).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    (String::from_utf8([output.stdout, output.stderr].concat()).unwrap(), output.status.success())
+}
+
+#[test]
+fn php_gives_up_what_cannot_succeed() {
+    let site = Site::with(Front::ApacheCgid, &[("unset", &[("SHORTBUS_TTL", "soon")])]);
+    site.copy("chat");
+    let (said, is_good) = php(&site, "unset", "publish($bus, 1);");
+    assert!(!is_good && said.contains("SHORTBUS_TTL cannot be used"), "{said}");
+    site.expect_error("bad_setting");
+    let (said, is_good) = php(&site, "chat", r#"publish($bus, "\xff");"#);
+    assert!(!is_good && said.contains("JsonException"), "{said}");
+    assert_eq!(site.get("chat?id=0").text(), "[]");
+    // Nobody is there.
+    let (said, is_good) = php(&site, "chat", "publish('http://127.0.0.1:1/chat', 1, 2);");
+    assert!(!is_good && said.contains("cannot be reached: status 0"), "{said}");
+}
+
+#[test]
+fn php_comes_back_to_a_server_that_limits_it_when_it_may() {
+    let site = Site::edited(Front::ApacheCgid, &[], |config, root| {
+        let modules = ["rewrite", "headers"]
+            .map(|name| format!("LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so\n"));
+        let limit = format!("RewriteCond {root}/limited -f\nRewriteRule ^/cgi-bin/ - [R=429,L]\n");
+        let retry_after = "Header always set Retry-After 3 \"expr=%{REQUEST_STATUS} == 429\"\n";
+        let log = format!("CustomLog {root}/access.log \"%>s %{{msec}}t\"\n");
+        format!("{}{config}\nRewriteEngine on\n{limit}{retry_after}{log}", modules.concat())
+    });
+    site.copy("chat");
+    let id = site.join("chat").1;
+    let limited = site.cgi_bin("../limited");
+    fs::write(&limited, "").unwrap();
+    let requests = || -> Vec<(u16, u64)> {
+        let log = fs::read_to_string(site.cgi_bin("../access.log")).unwrap_or_default();
+        let parts = log.lines().filter_map(|line| line.split_once(' '));
+        parts.filter_map(|(status, millis)| Some((status.parse().ok()?, millis.parse().ok()?))).skip(1).collect()
+    };
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| php(&site, "chat", "echo publish($bus, 'hello');"));
+        wait_for("a refusal", || requests().iter().any(|(status, _)| *status == 429));
+        fs::remove_file(&limited).unwrap();
+        let (said, is_good) = sender.join().unwrap();
+        assert!(is_good && said.parse::<u64>().is_ok_and(|told| told > id), "{said}");
+    });
+    let requests = requests();
+    assert!(requests.len() > 1 && requests.windows(2).all(|two| two[1].1 - two[0].1 >= 3_000), "{requests:?}");
 }
 
 #[test]

@@ -422,6 +422,7 @@ test("what JSON would ruin without a word is refused, and says what to send", as
     if (["function", "symbol", "undefined"].includes(type)) continue;
     for (const data of [[value], { deep: [{ value }] }]) assert.throws(() => bus.postMessage(data), refused);
   }
+  await assert.rejects(bus.send({ toJSON() {} }), { name: "DataCloneError", message: /^JSON has .* toJSON\(\).*: send / });
   class Move {
     #hidden = 1;
     from = "e2";
@@ -1301,7 +1302,10 @@ test("of a batch the messages that the bus refuses fail alone, each with its rea
   assert.deepEqual(bob.heard(), ["first", "a", "b", "c"]);
   assert.deepEqual(later().map((request) => elements(request).length), [6, 5, 4, 3]);
   assert.equal(new Set(later().map(once)).size, 4);
-  for (const { error } of bus.events.error) said("too_large", 413)(error);
+  for (const { error } of bus.events.error) {
+    said("too_large", 413)(error);
+    assert.match(error.message, /^The message is longer than the 100 bytes/);
+  }
   assert.deepEqual([bus.events.error.length, bus.bufferedAmount], [3, 0]);
 });
 

@@ -22,7 +22,8 @@ function toJson(data) {
     throw new DOMException(`JSON has no ${type}, and ruins it: send ${instead}.`, "DataCloneError");
   });
   if (json === undefined) {
-    throw new DOMException(`JSON has no ${typeof data}: send null, or what JSON can express.`, "DataCloneError");
+    const what = typeof data === "object" ? "nothing for what toJSON() returned" : `no ${typeof data}`;
+    throw new DOMException(`JSON has ${what}: send null, or what JSON can express.`, "DataCloneError");
   }
   return json;
 }
