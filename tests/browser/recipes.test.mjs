@@ -127,30 +127,30 @@ for (const [kind, at] of [["polls", site], ["streams", live]]) {
     await zoe.click("button");
     await until("a clean sheet", async () => (await drawn(ann)) === "[]" && (await drawn(bob)) === "[]");
   });
-}
 
-test("lobby: who is there, after a reload too, and who has left", async (t) => {
-  const visit = visitor(t, example("lobby", "lobby"));
-  const [ann, bob] = [await visit(), await visit()];
-  const people = (page) => items(page, "li");
-  const rename = (page, name) =>
-    page.$eval("input", (input, name) => {
-      input.value = name;
-      for (const type of ["input", "change"]) input.dispatchEvent(new Event(type));
-    }, name);
-  await rename(ann, "Ann");
-  await rename(bob, "Bob");
-  await until("each other", async () => String(await people(ann)) === "Ann (you),Bob");
-  await until("each other", async () => String(await people(bob)) === "Bob (you),Ann");
-  await ann.reload();
-  await until("Ann again", async () => String(await people(bob)) === "Bob (you),Ann");
-  await until("both again", async () => String(await people(ann)) === "Ann (you),Bob");
-  const zoe = await visit();
-  await until("three", async () => (await people(zoe)).slice(1).sort().join() === "Ann,Bob");
-  // A page that only falls silent would stay for longer than we wait.
-  await bob.goto("about:blank");
-  await until("Bob to leave", async () => !String(await people(ann)).includes("Bob"));
-});
+  test(`lobby: who is there, after a reload too, and who has left, by ${kind}`, async (t) => {
+    const visit = visitor(t, example("lobby", "lobby", at));
+    const [ann, bob] = [await visit(), await visit()];
+    const people = (page) => items(page, "li");
+    const rename = (page, name) =>
+      page.$eval("input", (input, name) => {
+        input.value = name;
+        for (const type of ["input", "change"]) input.dispatchEvent(new Event(type));
+      }, name);
+    await rename(ann, "Ann");
+    await rename(bob, "Bob");
+    await until("each other", async () => String(await people(ann)) === "Ann (you),Bob");
+    await until("each other", async () => String(await people(bob)) === "Bob (you),Ann");
+    await ann.reload();
+    await until("Ann again", async () => String(await people(bob)) === "Bob (you),Ann");
+    await until("both again", async () => String(await people(ann)) === "Ann (you),Bob");
+    const zoe = await visit();
+    await until("three", async () => (await people(zoe)).slice(1).sort().join() === "Ann,Bob");
+    // A page that only falls silent would stay for longer than we wait.
+    await bob.goto("about:blank");
+    await until("Bob to leave", async () => !String(await people(ann)).includes("Bob"));
+  });
+}
 
 test("the same person after a reload, in another tab another one", async (t) => {
   const [, line] = /say who keeps it.*\n\n {4}(.*)\n/.exec(file("docs/recipes.md"));
