@@ -1315,41 +1315,45 @@ test("two clients of a bus in a lone page hear by one stream, and no tab is spok
   assert.equal(await page.evaluate(streams), 1);
 });
 
-// In Firefox the tabs of a site may share a process, which then stands still as a whole.
-test("Chromium: while the tab that leads stands still, the others hear", async (t) => {
-  const treat = (pass, request) => {
-    if (request.url === "/still") {
-      isStill = true;
-      return still;
-    }
-    return request.url.includes("stream=1") ? pass.on() : pass();
-  };
-  let open;
-  let isStill = false;
-  const still = new Promise((resolve) => (open = () => resolve({ body: "" })));
-  const [, , pages] = await through(t, "still-Chromium", treat, live, 2, chromium);
-  await evaluate(pages, () => {
-    window.log = { message: [], missed: [] };
-    for (const type of ["message", "missed"]) bus.addEventListener(type, ({ data }) => log[type].push(data));
-  });
-  await until("one stream for all", async () => (await ways(pages)).sort().join() === shared(2));
-  await hear(pages, "still-Chromium", 0, 3);
-  const leader = await lead(pages);
-  const [other] = others(pages, leader);
-  await other.bringToFront();
-  const opened = leader.evaluate(() => {
+const stops = {
+  dialog: () => alert("still"),
+  request: () => {
     const request = new XMLHttpRequest();
     request.open("GET", "/still", false);
     request.send();
-  });
-  await until("it to stand still", () => isStill);
-  await hear([other], "still-Chromium", 3, 6);
-  assert.deepEqual(await ways([other]), ["poll"]);
-  open();
-  await opened;
-  await hear(pages, "still-Chromium", 6, 9);
-  await until("what is relayed", async () => (await ways([other]))[0] === "tab");
-});
+  },
+};
+for (const [name, browser] of Object.entries(browsers)) {
+  for (const [kind, stop] of Object.entries(stops)) {
+    test(`${name}: while a ${kind} keeps the tab that leads, the others hear`, async (t) => {
+      let goOn; // what ends that, once it has begun
+      const treat = (pass, { url }) => {
+        const empty = { headers: { "Content-Type": "text/plain" } };
+        if (url === "/still") return new Promise((resolve) => (goOn = () => resolve(empty)));
+        return url.includes("stream=1") ? pass.on() : pass();
+      };
+      const bus = `${kind}-${name}`;
+      const [, , pages] = await through(t, bus, treat, live, 2, browser);
+      await evaluate(pages, () => {
+        window.log = { message: [], missed: [] };
+        for (const [type, list] of Object.entries(log)) bus.addEventListener(type, ({ data }) => list.push(data));
+      });
+      await until("one stream for all", async () => (await ways(pages)).sort().join() === shared(2));
+      await hear(pages, bus, 0, 3);
+      const leader = await lead(pages);
+      const [other] = others(pages, leader);
+      await other.bringToFront();
+      leader.on("dialog", (dialog) => (goOn = () => dialog.accept()));
+      const stopped = leader.evaluate(stop);
+      await until("it to stand still", () => goOn);
+      await hear([other], bus, 3, 6);
+      await goOn();
+      await stopped;
+      await hear(pages, bus, 6, 9);
+      await until("what is relayed", async () => (await ways([other]))[0] === "tab");
+    });
+  }
+}
 
 for (const [name, browser] of Object.entries(browsers)) {
   test(`${name}: tabs on plain polls share one, and the others ask for nothing`, async (t) => {

@@ -9,7 +9,7 @@ import puppeteer from "puppeteer-core";
 import { startFastcgiSite, startNginxProxy, startSite, until } from "./servers.mjs";
 
 const file = (path) => readFileSync(new URL(`../../${path}`, import.meta.url), "utf8");
-const site = await startSite();
+const site = await startSite(() => ({ quiz: { SHORTBUS_TTL: 10 } }));
 const live = await startFastcgiSite();
 
 const folders = process.env.PATH.split(":");
@@ -25,7 +25,7 @@ function example(name, bus, at = site) {
   return at.serve(`${name}.html`, file(`examples/${name}.html`));
 }
 
-/** Opens pages of it, each in a session of its own; nothing may throw in them. */
+/** Opens pages of it, each in a browser of its own unless told otherwise; nothing may throw in them. */
 function visitor(t, url) {
   const problems = [];
   const contexts = [];
@@ -33,9 +33,8 @@ function visitor(t, url) {
     await Promise.all(contexts.map((context) => context.close()));
     assert.deepEqual(problems, []);
   });
-  return async (hash = "") => {
-    const context = await chromium.createBrowserContext();
-    contexts.push(context);
+  return async (hash = "", context) => {
+    context ??= contexts[contexts.push(await chromium.createBrowserContext()) - 1];
     const page = await context.newPage();
     page.on("pageerror", (error) => problems.push(String(error)));
     await page.goto(url + hash);
@@ -47,12 +46,13 @@ function visitor(t, url) {
 const text = (page, selector) => page.$eval(selector, (element) => element.innerText);
 const items = (page, selector) => page.$$eval(selector, (elements) => elements.map((element) => element.innerText));
 
+const answers = (page) => items(page, "#answers button");
+
 test("quiz: all see the question and the results, who comes late and who comes back too", async (t) => {
   const visit = visitor(t, example("quiz", "quiz"));
   const host = await visit("#host");
   const ann = await visit();
   await host.click("#host button");
-  const answers = (page) => items(page, "#answers button");
   await until("the question", async () => (await answers(ann)).length === 3);
   await ann.click("#answers button:nth-of-type(2)");
   const one = ["six: 0", "eight: 1", "ten: 0"];
@@ -65,8 +65,37 @@ test("quiz: all see the question and the results, who comes late and who comes b
   await ann.reload();
   await until("the results again", async () => String(await answers(ann)) === String(two));
   assert.deepEqual(await items(ann, ".mine"), ["eight: 1"]);
+  // One vote a browser, in all its tabs, and the host's are no others.
+  const tab = await visit("", ann.browserContext());
+  await until("the same vote", async () => String(await items(tab, ".mine")) === "eight: 1");
+  const hosts = await visit("", host.browserContext());
+  await until("the question in the host's browser", async () => String(await answers(hosts)) === String(two));
+  await tab.bringToFront(); // a click waits until the page is seen
+  await tab.click("#answers button:nth-of-type(1)");
+  const moved = ["six: 1", "eight: 0", "ten: 1"];
+  for (const page of [host, ann, bob, tab, hosts]) {
+    await until("the vote to move", async () => String(await answers(page)) === String(moved));
+  }
+  assert.deepEqual([await items(ann, ".mine"), await items(bob, ".mine")], [["six: 1"], ["ten: 1"]]);
+  await host.bringToFront();
   await host.click("#host button");
   await until("another round", async () => String(await answers(bob)) === "six: 0,eight: 0,ten: 0");
+});
+
+test("quiz: a host that was away for longer than messages live gets the votes", async (t) => {
+  const visit = visitor(t, example("quiz", "quiz"));
+  const [host, ann] = [await visit("#host"), await visit()];
+  await host.click("#host button");
+  await until("the question", async () => (await answers(ann)).length === 3);
+  await host.setOfflineMode(true);
+  await until("the host to be away", () => host.evaluate(() => !bus.connected));
+  await ann.click("#answers button:nth-of-type(2)");
+  const one = "six: 0,eight: 1,ten: 0";
+  await until("a vote", async () => String(await answers(ann)) === one);
+  await until("the vote to be gone", async () => !(await site.ask(`${site.bus("quiz")}?id=0`)).json.length);
+  assert.equal(String(await answers(host)), "six: 0,eight: 0,ten: 0");
+  await host.setOfflineMode(false);
+  for (const page of [host, ann]) await until("it at the host", async () => String(await answers(page)) === one);
 });
 
 for (const [kind, at] of [["polls", site], ["streams", live]]) {
@@ -98,29 +127,49 @@ for (const [kind, at] of [["polls", site], ["streams", live]]) {
     await zoe.click("button");
     await until("a clean sheet", async () => (await drawn(ann)) === "[]" && (await drawn(bob)) === "[]");
   });
+
+  test(`lobby: who is there, after a reload too, and who has left, by ${kind}`, async (t) => {
+    const visit = visitor(t, example("lobby", "lobby", at));
+    const [ann, bob] = [await visit(), await visit()];
+    const people = (page) => items(page, "li");
+    const rename = (page, name) =>
+      page.$eval("input", (input, name) => {
+        input.value = name;
+        for (const type of ["input", "change"]) input.dispatchEvent(new Event(type));
+      }, name);
+    await rename(ann, "Ann");
+    await rename(bob, "Bob");
+    await until("each other", async () => String(await people(ann)) === "Ann (you),Bob");
+    await until("each other", async () => String(await people(bob)) === "Bob (you),Ann");
+    await ann.reload();
+    await until("Ann again", async () => String(await people(bob)) === "Bob (you),Ann");
+    await until("both again", async () => String(await people(ann)) === "Ann (you),Bob");
+    const zoe = await visit();
+    await until("three", async () => (await people(zoe)).slice(1).sort().join() === "Ann,Bob");
+    // A page that only falls silent would stay for longer than we wait.
+    await bob.goto("about:blank");
+    await until("Bob to leave", async () => !String(await people(ann)).includes("Bob"));
+  });
 }
 
-test("lobby: who is there, after a reload too, and who has left", async (t) => {
-  const visit = visitor(t, example("lobby", "lobby"));
-  const [ann, bob] = [await visit(), await visit()];
-  const people = (page) => items(page, "li");
-  const rename = (page, name) =>
-    page.$eval("input", (input, name) => {
-      input.value = name;
-      for (const type of ["input", "change"]) input.dispatchEvent(new Event(type));
-    }, name);
-  await rename(ann, "Ann");
-  await rename(bob, "Bob");
-  await until("each other", async () => String(await people(ann)) === "Ann (you),Bob");
-  await until("each other", async () => String(await people(bob)) === "Bob (you),Ann");
+test("the same person after a reload, in another tab another one", async (t) => {
+  const [, line] = /say who keeps it.*\n\n {4}(.*)\n/.exec(file("docs/recipes.md"));
+  site.bus("person");
+  const script = `${line}\nconst heard = []; bus.onmessage = ({ user }) => heard.push(user);`;
+  const tags = `<script src="/cgi-bin/person/shortbus.js"></script><script>${script}</script>`;
+  const visit = visitor(t, site.serve("person.html", `<!doctype html>${tags}`));
+  const ann = await visit();
+  const bob = await visit("", ann.browserContext());
+  const say = async () => {
+    await ann.evaluate(() => bus.send("hello"));
+    return ann.evaluate(() => bus.user);
+  };
+  const user = await say();
   await ann.reload();
-  await until("Ann again", async () => String(await people(bob)) === "Bob (you),Ann");
-  await until("both again", async () => String(await people(ann)) === "Ann (you),Bob");
-  const zoe = await visit();
-  await until("three", async () => (await people(zoe)).slice(1).sort().join() === "Ann,Bob");
-  // A page that only falls silent would stay for longer than we wait.
-  await bob.goto("about:blank");
-  await until("Bob to leave", async () => !String(await people(ann)).includes("Bob"));
+  assert.equal(await say(), user);
+  await until("both", async () => (await bob.evaluate(() => heard.length)) === 2);
+  assert.deepEqual(await bob.evaluate(() => heard), [user, user]);
+  assert.notEqual(await bob.evaluate(() => bus.user), user);
 });
 
 test("game: all pages end with one game, whoever was first, and who comes late too", async (t) => {
@@ -147,6 +196,9 @@ test("game: all pages end with one game, whoever was first, and who comes late t
   await same(0, ann, bob, zoe);
   await click(zoe, 2);
   await same(1, ann, bob, zoe);
+  // Who came late knows the game for those who come later still.
+  for (const page of [ann, bob]) await page.goto("about:blank");
+  await same(1, zoe, await visit());
 });
 
 test("game: messages lead to the same game in any order", async (t) => {
@@ -165,7 +217,7 @@ test("game: messages lead to the same game in any order", async (t) => {
       const shuffled = given.map((move) => [Math.random(), move]).sort(([one], [two]) => one - two);
       game = 0;
       moves.clear();
-      for (const [, move] of shuffled) apply(...move);
+      learn(shuffled.map(([, [id, message]]) => ({ id, ...message })));
       return String(played().map(({ cell }) => cell));
     };
     return Array.from({ length: 500 }, play);

@@ -81,7 +81,8 @@ class TabLeader {
 
   #onWord(word) {
     if (this.isLeader) {
-      if (word.ask !== undefined) this.#handlers.onAsk(word.ask);
+      // Under an open dialog Firefox calls this, but lets no promise go on: a tab that receives nothing must not answer.
+      if (word.ask !== undefined) queueMicrotask(() => this.#handlers.onAsk(word.ask));
       return;
     }
     if (word.ask !== undefined) return; // another follower
