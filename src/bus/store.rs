@@ -138,7 +138,9 @@ impl fmt::Display for StoreError {
                 write!(f, "memcached does not answer in time; is it stopped, overloaded or behind a firewall? {cause}")
             }
             StoreError::Late(cause) => write!(f, "no time left to ask memcached: {cause}"),
-            StoreError::TooOld(cause) => write!(f, "memcached has no meta commands; run 1.6.10 or later: {cause}"),
+            StoreError::TooOld(cause) => {
+                write!(f, "memcached has no meta commands; run 1.6.10 or later, or set SHORTBUS_STORE: {cause}")
+            }
             StoreError::Crowded(cause) => {
                 write!(f, "memcached has all the connections it may have; give it more with -c: {cause}")
             }

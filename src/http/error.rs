@@ -256,9 +256,11 @@ impl Error {
             Error::Bus(Bus::Store(error)) => match error {
                 StoreError::Unreachable(_) => (503, "memcached_unreachable", STORE.into()),
                 StoreError::Timeout(_) | StoreError::Late(_) => (503, "memcached_timeout", STORE.into()),
-                StoreError::TooOld(_) => {
-                    (503, "memcached_too_old", "The bus needs memcached 1.6.10 or later.".into())
-                }
+                StoreError::TooOld(_) => (
+                    503,
+                    "memcached_too_old",
+                    "The bus needs memcached 1.6.10 or later; or name a folder in SHORTBUS_STORE, and it needs none.".into(),
+                ),
                 StoreError::Crowded(_) => (
                     503,
                     "memcached_crowded",
