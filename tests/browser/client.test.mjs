@@ -1452,9 +1452,9 @@ test("on a signed bus two clients talk, and each message is signed as Node would
   assert.equal(proxy.requests.filter(isJoin).length, 1);
   assert.equal(ann.user, credentials.user);
   for (const { url, body } of posts(proxy)) {
-    const { user, time, once, sig } = Object.fromEntries(new URL(url, "http://proxy").searchParams);
+    const { user, time, once, batch, sig } = Object.fromEntries(new URL(url, "http://proxy").searchParams);
     assert(user === String(credentials.user) && Math.abs(time - Date.now()) < 10_000);
-    assert.equal(sig, sign(credentials, user, time, once, body));
+    assert.equal(sig, sign(credentials, user, time, once, batch ? `batch=1\n${body}` : body));
   }
 });
 
