@@ -341,6 +341,9 @@ for (const [name, browser] of Object.entries(browsers)) {
     const url = html(`duplicate-${name}`);
     const page = await joined(await visit(t, browser, url), { identity: "tab" });
     const user = (page) => page.evaluate(() => bus.user);
+    // The browser has to have noted whose tab it is.
+    const isHeld = async () => (await navigator.locks.query()).held.some(({ name }) => name.endsWith(`user ${bus.user}`));
+    await until("the lock", () => page.evaluate(isHeld));
     const opened = new Promise((resolve) => page.once("popup", resolve));
     await page.evaluate(() => void window.open(location.href));
     const copy = await opened;
