@@ -17,6 +17,7 @@ mod growing;
 mod layout;
 mod local_hazards;
 mod local_store;
+mod month;
 mod other_servers;
 mod persistent;
 mod sandbox;
