@@ -1,6 +1,6 @@
-//! A month in an hour: several sites at once, with publishers and readers of every kind, while what they stand on is killed,
-//! stopped, held, emptied, filled and reloaded, at random. At the end each log is read: nothing acknowledged was lost
-//! untold, nothing came twice or in another order, and nothing was told as missed that was there.
+//! A month in an hour: several sites at once, with publishers and readers of every kind, while what they stand on is
+//! killed, stopped, held, emptied, filled and reloaded, at random. At the end each log is read: nothing acknowledged was
+//! lost untold, nothing came twice or in another order, and nothing was told as missed that was there.
 //!
 //! `TEST_MONTH=<seconds> TEST_SEED=<n> cargo test month -- --nocapture`; a short one where that is not set. A run that
 //! fails keeps its folders, each with what was done to its site in `faults.log`. The seed chooses the faults and the
@@ -33,7 +33,7 @@ use crate::fixtures::site::{Hold, Settings, Site, on_the_local_store};
 
 /// How long the short form lasts, seconds.
 const SHORT: u64 = 20;
-/// How long everything may take to be well again behind the last fault. Nothing waits for it: it is when the test gives up.
+/// How long everything may take to be well again behind the last fault: when the test gives up.
 const RECOVERY: Duration = Duration::from_secs(120);
 /// For how long a message lives on buses whose readers are away for longer now and then, seconds.
 const BRIEF: u64 = 8;
@@ -899,8 +899,9 @@ impl Listener<'_> {
         self.bus.log.lock().unwrap().readers.push(self.reader);
     }
 
-    /// Takes note that all up to the cursor is known as of `asked`: where it moved to the end, or where it stands there and
-    /// the store cannot have lost what is behind it. A wait may be told what its process read before the store lost it.
+    /// Takes note that all up to the cursor is known as of `asked`: where it moved to the end, or where it stands there
+    /// and the store cannot have lost what is behind it. A wait may be told what its process read before the store lost
+    /// it.
     fn confirm(&mut self, before: u64, asked: u64) {
         let moved = self.reader.cursor > before && self.reader.kind != Kind::Wait;
         if moved || !self.at.lost(self.reader.since, self.at.month.now()) {
@@ -1152,7 +1153,7 @@ impl Deployment<'_> {
                     false => {
                         let Missed { before, after, at, .. } = missed;
                         fail(format!(
-                            "{} was told at {at} us that some behind {before}, up to {after}, were missed, though nothing can have been lost since {since} us",
+                            "{} was told at {at} us that it missed some between {before} and {after}, but none was lost since {since} us",
                             reader.name
                         ));
                         "nobody knows"
