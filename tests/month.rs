@@ -1,6 +1,6 @@
 //! A month in an hour: several sites at once, with publishers and readers of every kind, while what they stand on is
-//! killed, stopped, held, emptied, filled and reloaded, at random. At the end each log is read: nothing acknowledged was
-//! lost untold, nothing came twice or in another order, and nothing was told as missed that was there.
+//! killed, stopped, held, emptied, filled and reloaded, at random. At the end each log is read: nothing acknowledged
+//! was lost untold, nothing came twice or in another order, and nothing was told as missed that was there.
 //!
 //! `TEST_MONTH=<seconds> TEST_SEED=<n> cargo test month -- --nocapture`; a short one where that is not set. A run that
 //! fails keeps its folders, each with what was done to its site in `faults.log`. The seed chooses the faults and the
@@ -1153,7 +1153,7 @@ impl Deployment<'_> {
                     false => {
                         let Missed { before, after, at, .. } = missed;
                         fail(format!(
-                            "{} was told at {at} us that it missed some between {before} and {after}, but none was lost since {since} us",
+                            "{} was told at {at} us that {before} to {after} were missed, but none since {since}",
                             reader.name
                         ));
                         "nobody knows"
