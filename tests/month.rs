@@ -760,7 +760,10 @@ impl Publisher<'_> {
         let once = format!("k{}", keys[0]);
         let batch = if is_batcher(self.number) { "&batch=1" } else { "" };
         match &self.signer {
-            Some(signer) => format!("{}{batch}", signer.query(unix_millis(), &once, body)),
+            Some(signer) => {
+                let signed = if batch.is_empty() { body.to_owned() } else { format!("batch=1\n{body}") };
+                format!("{}{batch}", signer.query(unix_millis(), &once, signed))
+            }
             None if self.repeats => format!("user={}&once={once}{batch}", self.number),
             None => format!("user={}{batch}", self.number),
         }
@@ -801,7 +804,7 @@ impl Publisher<'_> {
                         }
                     }
                     (409, code) if code == "once_expired" && at.month.now() - start >= bus.ttl * 1_000_000 => break,
-                    (403, code) if code == "signature_wrong" => {
+                    (403, code) if code == "signature_wrong" && at.plan.loses => {
                         let what = format!("{}: signature_wrong", first);
                         bus.log.lock().unwrap().excuses.push((what, self.joined, at.month.now()));
                         if self.join().is_none() {
