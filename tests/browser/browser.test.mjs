@@ -1304,6 +1304,8 @@ test("two clients of a bus in a lone page hear by one stream, and no tab is spok
     window.seen = new Set();
     setInterval(() => buses.forEach((bus) => seen.add(bus.transport)), 5);
     window.buses = [new MessageBus(url), new MessageBus(url)];
+    window.heard = [];
+    buses[1].onmessage = ({ data }) => heard.push(data);
   }, live.bus("lone"));
   await until("both", () => page.evaluate(() => buses.every((bus) => bus.transport === "stream")));
   assert.deepEqual(await page.evaluate(() => seen.has("tab")), false);
@@ -1312,9 +1314,9 @@ test("two clients of a bus in a lone page hear by one stream, and no tab is spok
   await page.evaluate(() => buses[0].close());
   await until("its own", () => page.evaluate(() => buses[1].connected && buses[1].transport === "stream"));
   await until("the one that has ended", () => page.evaluate(streams));
-  const heard = page.evaluate(() => new Promise((resolve) => (buses[1].onmessage = ({ data }) => resolve(data))));
   await live.publish(live.bus("lone"), "y");
-  assert.equal(await heard, "y");
+  await until("both", () => page.evaluate(() => heard.length === 2));
+  assert.deepEqual(await page.evaluate(() => heard), ["x", "y"]);
   assert.equal(await page.evaluate(streams), 1);
 });
 

@@ -1908,7 +1908,9 @@ test("a stream that comes late repeats nothing that was polled meanwhile, also w
     await until("a stream", () => bus.transport === "stream");
     await live.publish(url, 3);
     await until("the last", () => bus.heard().length >= 3);
-    assert.deepEqual([bus.heard(), bus.events.error], [[1, 2, 3], []]);
+    // A poll may have come while memcached was away.
+    const errors = bus.events.error.filter(({ error }) => !error.code.startsWith("memcached_"));
+    assert.deepEqual([bus.heard(), errors], [[1, 2, 3], []]);
   }
 });
 
