@@ -21,8 +21,8 @@ cp cgi-bin/shortbus "dist/tree/$name/cgi-bin"
 cp -R "$@" "dist/tree/$name"
 packaging/licences.sh "$target" >"dist/tree/$name/LICENSES-OF-CRATES"
 chmod -R u=rwX,go=rX dist/tree
-tar -C dist/tree --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" --format=ustar -c "$name" |
-    gzip -9n >"dist/$name.tar.gz"
+tar -C dist/tree --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" --format=ustar \
+    -I 'gzip -9n' -cf "dist/$name.tar.gz" "$name"
 
 case $arch in
     x86_64) architecture=amd64 ;;

@@ -12,8 +12,9 @@ files=$(mktemp)
 trap 'rm -f "$files"' EXIT
 packages=$(cargo metadata --format-version 1 --locked --filter-platform "$1" |
     tr -d '\n' | sed 's/"manifest_path":"/\n&/g' | sed -n 's/^"manifest_path":"\([^"]*\)\/Cargo.toml".*/\1/p')
-cargo tree --locked --target "$1" --edges normal,no-proc-macro --prefix none --no-dedupe --format '{p} {l}' |
-    LC_ALL=C sort -u | while read -r name version licence; do
+# Not in the pipe, where a failure would not be seen.
+crates=$(cargo tree --locked --target "$1" --edges normal,no-proc-macro --prefix none --no-dedupe --format '{p} {l}')
+echo "$crates" | LC_ALL=C sort -u | while read -r name version licence; do
     [ "$name" != shortbus ] || continue
     folder=$(echo "$packages" | grep "/$name-${version#v}$")
     printf '\n%s\n%s %s, %s\n\n' "$(printf '%080d' 0 | tr 0 =)" "$name" "$version" "$licence"

@@ -55,7 +55,7 @@ FILENAME ~ /help\.txt$/ {
         print ".SH NAME\nshortbus \\- " inline($0)
         print ".SH SYNOPSIS\n.B shortbus\n[\\fB\\-\\-check\\fR | \\fB\\-\\-version\\fR | \\fB\\-\\-help\\fR]\n.SH DESCRIPTION"
     } else if ($0 == "By hand:") { end_example(); print ".SH OPTIONS" }
-    else if (/^  --/) { print ".TP\n\\fB" inline($1) "\\fR"; option = $1; sub(/^ *[^ ]+ +/, ""); print inline($0) }
+    else if (/^  --/) { print ".TP\n\\fB" inline($1) "\\fR"; sub(/^ *[^ ]+ +/, ""); print inline($0) }
     else if (/^  /) example(substr($0, 3))
     else if (/^It exits/) print ".SH EXIT STATUS\n" inline($0)
     else if (/^The web server sets/) in_settings = 1 # the settings' own page follows

@@ -58,7 +58,6 @@ fn a_download_is_the_same_wherever_it_is_built() {
 }
 
 fn lintian_finds_no_error(folder: &Folder) {
-    // Not as root it says less of nothing; what it finds is on stdout.
     let found = sh(folder.path(), "lintian --fail-on none --allow-root dist/*.deb");
     assert!(!found.lines().any(|line| line.starts_with("E:")), "{found}");
 }

@@ -229,6 +229,7 @@ fn the_limits_are_the_sources() {
         format!("and {} more are kept free", FILES_SPARE + CONNECTIONS_REFUSED),
         format!("reads `last` every {} ms", WATCH_INTERVAL.as_millis()),
         format!("a comment every {} seconds", HEARTBEAT.as_secs()),
+        format!("that clients do not read, take at most {} MiB of the process in all", BUFFERS_BYTES >> 20),
     ] {
         assert!(pages.contains(&text), "{text}");
     }

@@ -1,7 +1,6 @@
 //! Servers beside those of the scenarios: what a bus needs of them, and what they cannot do, as docs/servers.md tells it.
 
 use std::fs;
-use std::io::Read;
 use std::net::TcpListener;
 use std::process::Command;
 
@@ -10,11 +9,13 @@ use serde_json::json;
 use crate::fixtures::daemon::{Daemon, Folder, executable, wait_for};
 use crate::fixtures::fastcgi_server::{Worker, copy};
 use crate::fixtures::http_client::{Reply, connect, exchange, send};
+use crate::servers::Listener;
 
 /// A server with a bus called `chat`, in a folder of its own, where the bus lives too.
 struct Server {
     folder: Folder,
-    daemons: Vec<Daemon>,
+    /// They end with it.
+    _daemons: Vec<Daemon>,
     address: String,
 }
 
@@ -53,7 +54,7 @@ fn busybox() -> Server {
             is_up || !daemon.is_alive()
         });
         if is_up && daemon.is_alive() {
-            return Server { folder, daemons: vec![daemon], address };
+            return Server { folder, _daemons: vec![daemon], address };
         }
     }
     panic!("busybox httpd found no port");
@@ -80,7 +81,7 @@ fn caddy() -> Server {
         assert!(daemon.is_alive(), "{}", folder.text("caddy.log"));
         connect(&address).is_some()
     });
-    Server { folder, daemons: vec![worker.daemon, daemon], address }
+    Server { folder, _daemons: vec![worker.daemon, daemon], address }
 }
 
 /// The client, asked for by a browser that has it.
@@ -127,20 +128,10 @@ fn a_bus_is_served(server: &Server) -> u64 {
 fn events_come_at_once(server: &Server, start: u64) {
     assert_eq!(server.ask("GET", "", &[], "").json()["stream"], json!(true));
     let path = format!("/cgi-bin/chat?id={start}&stream=1");
-    let mut stream = send(&server.address, "GET", &path, &[], b"").expect("a connection");
-    let mut heard = String::new();
-    let mut until = |text: &str| {
-        while !heard.contains(text) {
-            let mut buffer = [0; 4096];
-            let length = stream.read(&mut buffer).unwrap();
-            assert!(length > 0, "ended after {heard}");
-            heard.push_str(&String::from_utf8_lossy(&buffer[..length]));
-        }
-    };
-    until("event: cursor");
+    let mut listener = Listener::on(send(&server.address, "GET", &path, &[], b"").expect("a connection"));
     for text in ["first", "second"] {
         server.ask("POST", "?user=1", &[], &format!("\"{text}\""));
-        until(text);
+        listener.until(text);
     }
 }
 
@@ -169,5 +160,4 @@ fn caddy_serves_a_bus_by_fastcgi_with_streams_and_its_page() {
     assert_eq!(foreign.outcome(), (403, "foreign_origin".into()));
     // What it cannot do: Debian's Caddy hands on no error line.
     assert!(!server.folder.text("caddy.log").contains("shortbus: "), "{}", server.folder.text("caddy.log"));
-    assert_eq!(server.daemons.len(), 2);
 }

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::Command;
 
 use crate::fixtures::daemon::Folder;
@@ -155,7 +154,7 @@ fn a_process_lives_within_the_system_calls_that_the_unit_allows() {
     live(&folder, "tcp.sock", ("SHORTBUS_MEMCACHED", &tcp.address), &calls);
     fs::create_dir(folder.join("store")).unwrap();
     live(&folder, "local.sock", ("SHORTBUS_STORE", folder.join("store").to_str().unwrap()), &calls);
-    assert!(Path::new(&folder.join("store")).read_dir().unwrap().next().is_some());
+    assert!(folder.join("store").read_dir().unwrap().next().is_some());
     // What is not allowed would end it.
     let mut command = Command::new("true");
     confine(&mut command, &BTreeSet::from([numbers["execve"]]));

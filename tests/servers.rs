@@ -20,7 +20,7 @@ const CGI: [Front; 4] = [Front::ApacheCgid, Front::ApacheCgi, Front::LighttpdCgi
 const STREAMS: Settings = &[("chat", &[("SHORTBUS_WAIT", "20")])];
 
 /// An open event stream.
-struct Listener {
+pub struct Listener {
     stream: Box<dyn Stream>,
     heard: String,
 }
@@ -29,7 +29,11 @@ impl Listener {
     /// Listens to what comes from now on.
     fn new(site: &Site, bus: &str) -> Listener {
         let (_, id) = site.join(bus);
-        let stream = site.open("GET", &format!("{bus}?id={id}&stream=1"), &[], b"").expect("a connection");
+        Listener::on(site.open("GET", &format!("{bus}?id={id}&stream=1"), &[], b"").expect("a connection"))
+    }
+
+    /// On a connection on which a stream was asked for.
+    pub fn on(stream: Box<dyn Stream>) -> Listener {
         let mut listener = Listener { stream, heard: String::new() };
         listener.until("event: cursor");
         listener
@@ -37,7 +41,7 @@ impl Listener {
 
     /// Reads until this has come.
     #[track_caller]
-    fn until(&mut self, text: &str) {
+    pub fn until(&mut self, text: &str) {
         while !self.heard.contains(text) {
             let mut buffer = [0; 4096];
             let length = self.stream.read(&mut buffer).unwrap_or_else(|error| panic!("{error} after {}", self.heard));

@@ -13,7 +13,7 @@
 //! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time.
 //! 10. What another user could have put in the place of a bus's folder, file or decision is refused.
 //! 11. What a FastCGI process keeps for slow clients is bounded in all ([`crate::limits::BUFFERS_BYTES`], CVE-2007-6750).
-//! 12. Under systemd the process has no privileges, and may make no system call that it does not need (seccomp(2)).
+//! 12. Under systemd the process has no privileges, and only the system calls of an ordinary service (seccomp(2)).
 
 pub mod error;
 pub mod event_stream;
