@@ -1327,9 +1327,13 @@ const stops = {
     request.open("GET", "/still", false);
     request.send();
   },
+  debugger: () => {
+    debugger;
+  },
 };
 for (const [name, browser] of Object.entries(browsers)) {
   for (const [kind, stop] of Object.entries(stops)) {
+    if (kind === "debugger" && name === "Firefox") continue; // WebDriver BiDi has none
     test(`${name}: while a ${kind} keeps the tab that leads, the others hear`, async (t) => {
       let goOn; // what ends that, once it has begun
       const treat = (pass, { url }) => {
@@ -1349,6 +1353,11 @@ for (const [name, browser] of Object.entries(browsers)) {
       const [other] = others(pages, leader);
       await other.bringToFront();
       leader.on("dialog", (dialog) => (goOn = () => dialog.accept()));
+      if (kind === "debugger") {
+        const devtools = await leader.createCDPSession();
+        devtools.on("Debugger.paused", () => (goOn = () => devtools.send("Debugger.resume")));
+        await devtools.send("Debugger.enable");
+      }
       const stopped = leader.evaluate(stop);
       await until("it to stand still", () => goOn);
       await hear([other], bus, 3, 6);
