@@ -10,7 +10,8 @@ use crate::bus;
 use crate::bus::store::StoreError;
 use crate::config::Config;
 use crate::http::request::{self, Gateway};
-use crate::http::waiting::{self, Front, Next};
+use crate::http::response::Response;
+use crate::http::waiting::{self, Front, Next, Waiting};
 use crate::http::{self, Backend};
 use crate::limits;
 use crate::stores::{self, Blocking, block_on};
@@ -34,12 +35,16 @@ pub fn serve(argv0: &[u8]) {
             let head = variables.text("REQUEST_METHOD") == b"HEAD";
             fd(1).write_all(&response.to_cgi(head, nph))
         }
-        Some(waiting) => {
-            let (config, user, after) = (waiting.config.clone(), waiting.user, waiting.page.last_id);
-            let ends = Instant::now() + Duration::from_secs(config.wait.into());
-            block_on(waiting::serve(response, waiting, nph, &mut Process { config, user, after, ends }))
-        }
+        Some(waiting) => wait(response, waiting, nph),
     };
+}
+
+/// Answers a request that waits. Not inlined: few do, and all would pay for the stack that it takes.
+#[inline(never)]
+fn wait(response: Response, waiting: Box<Waiting>, nph: bool) -> io::Result<()> {
+    let (config, user, after) = (waiting.config.clone(), waiting.user, waiting.page.last_id);
+    let ends = Instant::now() + Duration::from_secs(config.wait.into());
+    block_on(waiting::serve(response, waiting, nph, &mut Process { config, user, after, ends }))
 }
 
 /// A store for each request.
