@@ -5,6 +5,8 @@ CARGO_HOME ?= $(HOME)/.cargo
 # which an empty chroot has not. Last, no path of the machine that built it gets into it.
 CARGO = RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static --cfg getrandom_backend="linux_getrandom" \
 	--remap-path-prefix=$(CARGO_HOME)=/cargo' cargo
+# Code that a request runs, side by side.
+ORDER = -C link-arg=-Wl,-T,$(CURDIR)/packaging/order.ld
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 # Where make install puts it, and below which folder it takes that place to be: for who makes packages.
 prefix = /usr/local
@@ -16,10 +18,11 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 # Here, wherever the user's Rust builds else: what is built is copied from here.
 export CARGO_TARGET_DIR := $(CURDIR)/target
 
-.PHONY: build demo test bench man install uninstall dist clean rust
+.PHONY: build demo test bench order man install uninstall dist clean rust
 
 build: rust
-	$(CARGO) build --release --locked --target $(HOST)
+	@# Not for all that is built: what changes with it is the last step alone.
+	$(CARGO) rustc --release --locked --target $(HOST) --bin shortbus -- $(ORDER)
 	@# By rename: a copy that is running cannot be written to.
 	cp target/$(HOST)/release/shortbus cgi-bin/.shortbus.new && mv -f cgi-bin/.shortbus.new cgi-bin/shortbus
 
@@ -34,8 +37,18 @@ test: build
 bench: NEEDS = memcached apache2 nginx fcgiwrap valgrind strace node
 bench: build
 	@# What it compares with.
+	$(CARGO) rustc --release --locked --target $(HOST) --package baseline --bin fixed -- $(ORDER)
+	cp target/$(HOST)/release/fixed target/$(HOST)/release/fixed-laid-out
 	$(CARGO) build --release --locked --target $(HOST) --package baseline
 	$(CARGO) bench --locked --target $(HOST)
+
+# Where the linker puts what a request runs. After larger changes, or with another compiler; `make bench` shows its worth.
+order: NEEDS = valgrind memcached
+order: rust
+	CARGO_PROFILE_RELEASE_STRIP=none $(CARGO) rustc --release --locked --target $(HOST) --target-dir target/order \
+		--bin shortbus -- -C link-arg=-Wl,-Map=$(CURDIR)/target/order/map
+	packaging/order.sh target/order/$(HOST)/release/shortbus target/order/map >target/order.ld
+	mv target/order.ld packaging/order.ld && touch src/main.rs
 
 # The manual page, of what people read elsewhere too; a test compares.
 man:
