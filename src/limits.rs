@@ -131,6 +131,9 @@ pub const STORE_BYTES_MIN: u64 = 4 << 20;
 /// Largest `SHORTBUS_STORE_BYTES`, 64 GiB.
 pub const STORE_BYTES_MAX: u64 = 64 << 30;
 
+/// Files of buses that a FastCGI process leaves open for its next request, each with its folder.
+pub const OPEN_FILES: usize = 64;
+
 /// Longest pause before a process tries again to lock a bus's file. A batch takes some ten microseconds.
 pub const STORE_LOCK_PAUSE: Duration = Duration::from_millis(2);
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::decision::{self, Decision};
 use super::local::folder::Folder;
-use super::local::{Local, OneTask};
+use super::local::{Files, Local, OneTask};
 use super::memcached::codec::server_for;
 use super::memcached::pipelined::{Pipelined, Pool};
 use super::watches::{Followed, Watches};
@@ -19,6 +19,7 @@ use crate::config::{Config, StoreSetting};
 #[derive(Clone, Default)]
 pub struct Stores {
     pool: Rc<Pool>,
+    files: Rc<Files>,
     watches: Rc<Watches>,
 }
 
@@ -109,7 +110,8 @@ impl Pooled {
 
     async fn locate(&self) -> Result<Either<Pipelined, OneTask>, StoreError> {
         let Address { setting, bus, bytes } = &self.address;
-        let local = |folder| Either::Local(Local::new(folder, bus, *bytes, OneTask));
+        let files = &self.stores.files;
+        let local = |folder| Either::Local(Local::new(folder, bus, *bytes, OneTask).sharing(files.clone()));
         let memcached = |server: &str| self.stores.pool.open(&Place { server: server.to_owned(), bus: bus.clone() });
         Ok(match setting {
             Setting::Memcached(server) => Either::Memcached(memcached(server)),

@@ -90,11 +90,11 @@ impl OpenFolder {
         &self.fd
     }
 
-    /// Opens a file, and says whether only to be read; none where there is none.
+    /// Opens a file, and says whether only to be read, and what fstat(2) says of it; none where there is none.
     ///
     /// # Errors
     /// Those of open(2), and what [`OpenFolder::check`] refuses.
-    pub fn open_file(&self, name: &str, create: bool) -> io::Result<Option<(File, bool)>> {
+    pub fn open_file(&self, name: &str, create: bool) -> io::Result<Option<(File, bool, Stat)>> {
         // NONBLOCK: another user's named pipe must not hold us.
         let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let mut read_only = false;
@@ -113,8 +113,9 @@ impl OpenFolder {
             opened = self.create_file(name, flags | OFlags::RDWR);
         }
         let fd = opened?;
-        self.check(&fstat(&fd)?)?;
-        Ok(Some((File::from(fd), read_only)))
+        let stat = fstat(&fd)?;
+        self.check(&stat)?;
+        Ok(Some((File::from(fd), read_only, stat)))
     }
 
     /// Creates a file for this user, and for the folder's group where that may write in the folder; whatever the umask is.

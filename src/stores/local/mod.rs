@@ -13,6 +13,7 @@
 //! A batch is all or nothing, which is more than the protocol asks. An id up to the newest stored one is *taken* for ever,
 //! also when its slot has expired: nobody can store a message behind a cursor that has passed.
 
+mod files;
 pub mod folder;
 mod format;
 mod records;
@@ -31,6 +32,7 @@ use rustix::fs::{FlockOperation, flock};
 use super::{random_pause, unix_micros};
 use crate::bus::store::{Op, Reply, Store, StoreError};
 use crate::limits;
+pub use files::Files;
 use folder::{Folder, OpenFolder, failed};
 use format::{Found, Header, MOVED};
 use ring::View;
@@ -73,6 +75,7 @@ pub struct Local<S> {
     sleep: S,
     started: Instant,
     open: Option<Open>,
+    files: Option<Rc<Files>>,
 }
 
 /// An open file, in its folder.
@@ -119,7 +122,12 @@ impl From<StoreError> for Trouble {
 impl<S: Sleep> Local<S> {
     /// The bus in this folder, in a file that the first write creates; `bytes` bounds it then.
     pub fn new(folder: Folder, bus: &[u8], bytes: u64, sleep: S) -> Local<S> {
-        Local { folder, name: folder::file_name(bus), bytes, sleep, started: Instant::now(), open: None }
+        Local { folder, name: folder::file_name(bus), bytes, sleep, started: Instant::now(), open: None, files: None }
+    }
+
+    /// Goes on with what is open in this process, and leaves open for the next request what it opens.
+    pub fn sharing(self, files: Rc<Files>) -> Local<S> {
+        Local { files: Some(files), ..self }
     }
 
     /// Where the file is.
@@ -138,14 +146,23 @@ impl<S: Sleep> Local<S> {
                 false => Ok(Some(open.clone())),
             };
         }
+        if let Some(files) = &self.files
+            && let Some(open) = files.find(&self.path())
+        {
+            return Ok(Some(self.open.insert(open).clone()));
+        }
         let Some(folder) = self.folder.open(create)? else {
             return Ok(None);
         };
         let opened = folder.open_file(&self.name, create).map_err(|error| self.failed(error))?;
-        let Some((file, read_only)) = opened else {
+        let Some((file, read_only, stat)) = opened else {
             return Ok(None);
         };
         let open = Open { folder: Rc::new(folder), file: Rc::new(file), read_only };
+        // What keeps it from being written to may change without a trace on it.
+        if !read_only && let Some(files) = &self.files {
+            files.keep(self.path(), open.clone(), &stat);
+        }
         Ok(Some(self.open.insert(open).clone()))
     }
 
@@ -315,7 +332,8 @@ fn nothing(batch: &[Op<'_>]) -> Vec<Reply> {
     vec![Reply::Missing; batch.len()]
 }
 
-/// Released when it goes, also on the way out with an error.
+/// Released when it goes, also on the way out with an error. Requests of one process share the open file, and with it the
+/// lock: so none waits for anything while it holds it.
 struct Lock(Rc<File>);
 
 impl Drop for Lock {
