@@ -615,6 +615,37 @@ fn a_stream_hears_what_comes_after_the_file_was_removed_replaced_or_was_not_ther
 }
 
 #[test]
+fn a_process_that_stays_goes_at_once_by_what_is_at_the_files_path() {
+    let mut bus = Persistent::start();
+    let mut client = bus.connect();
+    let store = bus.folder.join("store");
+    for n in 0..12 {
+        let moved = bus.folder.join(format!("moved {n}"));
+        let id = bus.publish_by_cgi("\"by CGI\"");
+        let reply = client.ask("GET", &format!("id={}", id - 1), &[], b"").answer().reply;
+        assert_eq!(heard(&reply).len(), 1, "round {n}: {reply:?}");
+        client.ask("POST", "user=2", &[], b"1").answer();
+        match n % 4 {
+            0 => fs::remove_file(bus.file()).unwrap(),
+            1 => fs::rename(bus.file(), &moved).unwrap(),
+            2 => {
+                fs::rename(&store, &moved).unwrap();
+                fs::create_dir(&store).unwrap();
+            }
+            _ => {
+                // Now every user may write to it.
+                fs::set_permissions(bus.file(), fs::Permissions::from_mode(0o666)).unwrap();
+                assert_outcome(&client.ask("GET", "id=1", &[], b"").answer().reply, 503, "store_denied");
+                fs::set_permissions(bus.file(), fs::Permissions::from_mode(0o600)).unwrap();
+            }
+        }
+    }
+    assert!(bus.worker.daemon.is_alive());
+    let files = fs::read_dir(format!("/proc/{}/fd", bus.worker.daemon.pid())).unwrap().count();
+    assert!(files < 20, "{files}");
+}
+
+#[test]
 fn a_publisher_that_waits_for_the_lock_holds_up_nobody_else_in_its_process() {
     let bus = Persistent::start();
     let id = bus.publish_by_cgi("\"first\"");
