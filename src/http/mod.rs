@@ -19,6 +19,7 @@
 //! 13. The page `B/` runs its own scripts alone, no other site can frame it, and what a message holds is text in it (CWE-79,
 //!     CWE-1021).
 //! 14. A message that JSON readers of other languages refuse, or take ages for, is refused (CVE-2020-10735).
+//! 15. What comes from a bus changes no object of a page, whatever its keys are called (CVE-2019-10744).
 
 pub mod error;
 pub mod event_stream;
