@@ -208,8 +208,7 @@ fn start_nginx(folder: &Folder) -> (SocketAddr, Daemon) {
     let temp: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|name| format!("{name}_temp_path {root}{name};\n"))
         .concat();
-    // SAFETY: it only tells.
-    let user = if unsafe { libc::geteuid() } == 0 { "user root;\n" } else { "" };
+    let user = if rustix::process::geteuid().is_root() { "user root;\n" } else { "" };
     for _ in 0..20 {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let config = format!(

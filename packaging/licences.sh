@@ -16,6 +16,11 @@ packages=$(cargo metadata --format-version 1 --locked --filter-platform "$1" |
 crates=$(cargo tree --locked --target "$1" --edges normal,no-proc-macro --prefix none --no-dedupe --format '{p} {l}')
 echo "$crates" | LC_ALL=C sort -u | while read -r name version licence; do
     [ "$name" != shortbus ] || continue
+    # Under no other terms than these may the executable be handed on without a thought.
+    case $licence in
+    MIT | "MIT OR "* | MIT/* | *" OR MIT" | Unicode-3.0) ;;
+    *) echo "$name is under $licence" >&2; exit 1 ;;
+    esac
     folder=$(echo "$packages" | grep "/$name-${version#v}$")
     printf '\n%s\n%s %s, %s\n\n' "$(printf '%080d' 0 | tr 0 =)" "$name" "$version" "$licence"
     find "$folder" -maxdepth 1 -type f \( -iname 'licen[cs]e*' -o -iname 'copying*' -o -iname 'notice*' \) >"$files"

@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStringExt;
 
 use shortbus::{cgi, cli, fastcgi};
 
+// SAFETY: no_main leaves C's name to this one function. It may take none of the arguments that C passes.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
     let mut arguments = std::env::args_os().map(OsStringExt::into_vec);

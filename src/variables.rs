@@ -13,14 +13,17 @@ impl Variables<'static> {
             static environ: *const *const c_char;
         }
         let mut pairs = Vec::with_capacity(64);
-        // SAFETY: environ(7) is a list of strings that ends with a null pointer, or is one.
-        unsafe {
-            let mut at = environ;
-            while !at.is_null() && !(*at).is_null() {
-                let text = CStr::from_ptr(*at).to_bytes();
-                pairs.extend(text.iter().position(|&byte| byte == b'=').map(|end| (&text[..end], &text[end + 1..])));
-                at = at.add(1);
-            }
+        // SAFETY: the C library set environ(7) before main, and nothing writes it after that.
+        let mut at = unsafe { environ };
+        // SAFETY: `at` is null, or points into environ's list: up to the null pointer that ends it, and not behind it.
+        while let Some(&text) = unsafe { at.as_ref() }
+            && !text.is_null()
+        {
+            // SAFETY: what stands in the list before its end are strings that end with a NUL. Nothing frees or changes them.
+            let text = unsafe { CStr::from_ptr(text) }.to_bytes();
+            pairs.extend(text.iter().position(|&byte| byte == b'=').map(|end| (&text[..end], &text[end + 1..])));
+            // SAFETY: this was not the list's end, so that there is a next pointer.
+            at = unsafe { at.add(1) };
         }
         Variables(pairs)
     }

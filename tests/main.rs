@@ -26,3 +26,4 @@ mod servers;
 mod signed;
 mod simulation;
 mod soak;
+mod systems;

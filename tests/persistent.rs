@@ -2,14 +2,19 @@
 //! front run on it too (`tests/scenarios.rs`, `tests/failures.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use shortbus::limits;
 
-use crate::fixtures::daemon::{Folder, executable, wait_for};
+use crate::fixtures::daemon::{Daemon, Folder, executable, wait_for};
 use crate::fixtures::fastcgi_client::{
     ABORT_REQUEST, AUTHORIZER, BEGIN_REQUEST, CANNOT_MULTIPLEX, Client, END_REQUEST, GET_VALUES, GET_VALUES_RESULT,
     PARAMS, REQUEST_COMPLETE, RESPONDER, STDIN, STDOUT, UNKNOWN_ROLE, UNKNOWN_TYPE, parameters, record, request,
@@ -70,6 +75,57 @@ fn settings_come_from_the_parameters_then_the_environment_and_nothing_else_does(
     let other = [("SHORTBUS_BUS", "other"), ("SCRIPT_NAME", "/cgi-bin/third"), ("SCRIPT_FILENAME", "/fourth")];
     let poll = |extra| data(&bus.connect().ask("GET", "id=0", extra, b"").answer().reply).len();
     assert_eq!((poll(&[]), poll(&other)), (1, 0));
+}
+
+/// Who reaches the socket, or a location that serves any URL, chooses it: it is no path, no command, no other bus.
+#[test]
+fn a_bus_name_of_any_bytes_is_a_bus_of_its_own() {
+    let (folder, memcached) = (Folder::new(), Memcached::start(&[]));
+    let store = folder.join("store");
+    fs::create_dir(&store).unwrap();
+    let worker = Worker::start(&copy(&folder), folder.join("chat.s"), &folder, &[]);
+    let stores = [("SHORTBUS_MEMCACHED", &memcached.address[..]), ("SHORTBUS_STORE", store.to_str().unwrap())];
+    let long = ["x".repeat(60_000), "x".repeat(59_999) + "y"];
+    let names =
+        [".", "..", "../chat", "/etc/passwd", "a\0b", "a", "a\r\nflush_all\r\n", "a b", "a:1", "a%00b", "a:messages"];
+    for store in stores {
+        for (n, name) in names.iter().copied().chain(long.iter().map(|name| &name[..])).enumerate() {
+            let extra = [("SHORTBUS_BUS", name), store];
+            let ask = |method, query, body: &[u8]| {
+                Client::connect(&worker.socket).ask(method, query, &extra, body).answer().reply
+            };
+            assert_eq!(data(&ask("GET", "id=0", b"")), [0; 0], "{name:.40?}");
+            assert_eq!(ask("POST", "user=1", n.to_string().as_bytes()).outcome(), (200, "".into()), "{name:.40?}");
+            assert_eq!(data(&ask("GET", "id=0", b"")), [n], "{name:.40?}");
+        }
+    }
+    assert_eq!(fs::read_dir(&store).unwrap().count(), names.len() + long.len());
+}
+
+/// A process's own lines; those about a request go to its web server.
+#[test]
+fn a_log_that_nobody_reads_ends_no_process() {
+    let folder = Folder::new();
+    fs::create_dir(folder.join("store")).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let listener = UnixListener::bind(folder.join("chat.s")).unwrap();
+    let mut command = Command::new(copy(&folder));
+    command
+        .env_clear()
+        .env("SHORTBUS_STORE", folder.join("store"))
+        .stdin(OwnedFd::from(listener))
+        .stderr(writer)
+        .process_group(0);
+    let mut daemon = Daemon { child: command.spawn().unwrap() };
+    let ask = |method, query, body: &[u8]| {
+        Client::connect(&folder.join("chat.s")).ask(method, query, &[], body).answer().reply.outcome()
+    };
+    assert_eq!(ask("POST", "user=1", b"1"), (200, "".into()));
+    fs::File::options().write(true).open(folder.join("store/chat:messages")).unwrap().write_all_at(b"?", 20).unwrap();
+    assert_eq!(ask("GET", "id=0", b""), (200, "".into()));
+    assert!(folder.join("store/chat:messages.damaged").exists(), "it has said so");
+    assert!(daemon.is_alive());
 }
 
 #[test]

@@ -101,14 +101,14 @@ fn confine(command: &mut Command, calls: &BTreeSet<u32>) {
     let install = move || {
         let length = program.len() as u16;
         let program = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut() };
-        // SAFETY: the kernel copies the program, which lives as long as this closure.
-        let installed = unsafe {
-            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-                && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) == 0
-        };
+        // SAFETY: it takes numbers alone.
+        let bounded = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } == 0;
+        // SAFETY: the kernel copies the program, as many statements as it says, which live as long as this closure.
+        let installed =
+            bounded && unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) } == 0;
         if installed { Ok(()) } else { Err(io::Error::last_os_error()) }
     };
-    // SAFETY: two system calls, and no memory is taken.
+    // SAFETY: between fork and exec it makes two system calls, and takes no memory and no lock.
     unsafe { command.pre_exec(install) };
 }
 

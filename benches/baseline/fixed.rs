@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::FromRawFd;
 
+// SAFETY: no_main leaves C's name to this one function. It may take none of the arguments that C passes.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
     if std::env::var_os("CONTENT_LENGTH").is_some_and(|length| !length.is_empty()) {

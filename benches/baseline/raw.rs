@@ -10,6 +10,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixStream;
 
+// SAFETY: no_main leaves C's name to this one function. It may take none of the arguments that C passes.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
     let address = std::env::var("SHORTBUS_MEMCACHED").unwrap();

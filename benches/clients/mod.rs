@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use crate::fixtures::fastcgi_client::STDOUT;
 
 /// Where a client connects to, and what is spoken there.
@@ -25,8 +27,11 @@ pub struct Epoll {
 
 impl Epoll {
     pub fn new() -> Epoll {
-        // SAFETY: a new file descriptor, which is ours.
-        let fd = unsafe { OwnedFd::from_raw_fd(libc::epoll_create1(libc::EPOLL_CLOEXEC)) };
+        // SAFETY: it takes a number alone.
+        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: a new file descriptor, which nobody else has.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Epoll { fd, events: vec![libc::epoll_event { events: 0, u64: 0 }; 1_024] }
     }
 
@@ -247,17 +252,11 @@ fn clock_time(clock: libc::clockid_t) -> Duration {
 
 /// Lets this process open as many files as the system lets it, and this many where it may raise that: how many.
 pub fn raise_file_limit(wanted: u64) -> u64 {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: each call reads or writes the one structure it is given.
-    unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
-        let most = limit.rlim_max.max(wanted);
-        for (soft, hard) in [(most, most), (limit.rlim_max, limit.rlim_max)] {
-            let raised = libc::rlimit { rlim_cur: soft, rlim_max: hard };
-            if libc::setrlimit(libc::RLIMIT_NOFILE, &raised) == 0 {
-                return soft;
-            }
-        }
-    }
-    limit.rlim_cur
+    let limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.map(|maximum| maximum.max(wanted));
+    let raised = [most, limit.maximum].into_iter().find(|&files| {
+        let limit = Rlimit { current: files, maximum: files };
+        setrlimit(Resource::Nofile, limit).is_ok()
+    });
+    raised.unwrap_or(limit.current).unwrap_or(u64::MAX)
 }

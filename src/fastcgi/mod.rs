@@ -21,6 +21,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, SockRef, Socket};
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
@@ -59,7 +60,8 @@ pub fn listener() -> Option<Socket> {
     };
     let is_ours = Variables::environment().text("LISTEN_PID") == std::process::id().to_string().as_bytes();
     listening(std::io::stdin().as_fd()).or_else(|| {
-        // SAFETY: if fd 3 is not open, the one system call on it says so.
+        // SAFETY: LISTEN_PID promises that fd 3 was open when this process began, and nothing closes it. If it is not open
+        // after all, the calls on it fail; no file of our own has its number yet.
         is_ours.then(|| listening(unsafe { BorrowedFd::borrow_raw(3) })).flatten()
     })
 }
@@ -70,8 +72,6 @@ pub fn listener() -> Option<Socket> {
 /// # Errors
 /// There is no runtime to be had: no file descriptors, no memory.
 pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
-    // SAFETY: no thread runs yet, and no handler is set that could run. A log that nobody reads must not end us.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     let connections =
         limits::CONNECTIONS.min(files().saturating_sub(limits::FILES_SPARE + limits::CONNECTIONS_REFUSED)).max(1);
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
@@ -98,18 +98,10 @@ pub fn serve(argv0: &[u8], listener: Socket) -> io::Result<()> {
 
 /// How many files this process may open: as many as the system lets it, which is more than it starts with.
 fn files() -> usize {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both calls read or write the one structure they are given.
-    unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) != 0 {
-            return 0;
-        }
-        let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
-        if libc::setrlimit(libc::RLIMIT_NOFILE, &raised) == 0 {
-            limit = raised;
-        }
-    }
-    usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX)
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    let limit = setrlimit(Resource::Nofile, raised).map_or(limit, |()| raised);
+    limit.current.map_or(usize::MAX, |files| files as usize)
 }
 
 struct Server {
@@ -147,9 +139,11 @@ impl Server {
         let mut close_all = signal(SignalKind::user_defined1())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
+        // Caught and not looked at: a log that nobody reads must not end us.
+        let _log_unread = signal(SignalKind::pipe())?;
         listener.set_nonblocking(true)?;
         let tcp = listener.domain().is_ok_and(|domain| domain != Domain::UNIX);
-        // SAFETY: a socket has the one file descriptor that it owns for as long as it lives.
+        // SAFETY: a Socket's descriptor is open and the same one until it is dropped, and this AsyncFd has it to the end.
         let listener = unsafe { AsyncFd::register(listener)? };
         select! {
             _ = terminate.recv() => {}

@@ -4,16 +4,22 @@
 //! 1. argv is never looked at under a web server (CVE-2012-1823, CVE-2024-4577).
 //! 2. Only variables named in this crate are read; a request header can set none but its own `HTTP_...` (CVE-2016-5385).
 //! 3. A foreign page can neither publish nor read, unless its origin is allowed.
-//! 4. The body is bounded and read to its end before anything is answered.
-//! 5. Every number is checked before it gets into a key, every name is encoded.
+//! 4. The body is bounded, never unpacked, and read to its end before anything is answered.
+//! 5. Every number is checked before it gets into a key, every name is encoded: a bus of any name reaches no other, no
+//!    other file and no command (CWE-22, CWE-93).
 //! 6. A reply is JSON with an exact type and `nosniff`; nothing of a request gets into its headers but an allowed
 //!    origin and, for an origin that is named, the names of headers that it asks for.
 //! 7. All waiting for the store is bounded by [`crate::limits::STORE_DEADLINE`].
 //! 8. stderr gets one line, control characters escaped.
-//! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time.
+//! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time; a publish that
+//!    somebody sends again is no second message.
 //! 10. What another user could have put in the place of a bus's folder, file or decision is refused.
 //! 11. What a FastCGI process keeps for slow clients is bounded in all ([`crate::limits::BUFFERS_BYTES`], CVE-2007-6750).
 //! 12. Under systemd the process has no privileges, and only the system calls of an ordinary service (seccomp(2)).
+//! 13. The page `B/` runs its own scripts alone, no other site can frame it, and what a message holds is text in it (CWE-79,
+//!     CWE-1021).
+//! 14. A message that JSON readers of other languages refuse, or take ages for, is refused (CVE-2020-10735).
+//! 15. What comes from a bus changes no object of a page, whatever its keys are called (CVE-2019-10744).
 
 pub mod error;
 pub mod event_stream;

@@ -114,10 +114,9 @@ fn short_name(bus: &[u8]) -> String {
     name
 }
 
-/// The user that this process runs as. The kernel tells it every process at its start: no system call is needed.
+/// The user that this process runs as.
 fn effective_user() -> u32 {
-    // SAFETY: it reads a value that is there for as long as the process.
-    unsafe { libc::getauxval(libc::AT_EUID) as u32 }
+    rustix::process::geteuid().as_raw()
 }
 
 /// A random time between half of `longest` and `longest`.

@@ -72,7 +72,7 @@ impl Watches {
             return Ok(inotify.clone());
         }
         let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        // SAFETY: the descriptor is open for as long as its owner, which nobody else has.
+        // SAFETY: an OwnedFd's descriptor is open and the same one until it is dropped, and this AsyncFd has it to the end.
         let inotify = Rc::new(unsafe { AsyncFd::register(fd)? });
         spawn_local(read(Rc::downgrade(self), inotify.clone()));
         Ok(self.inotify.borrow_mut().insert(inotify).clone())

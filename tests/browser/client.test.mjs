@@ -156,6 +156,25 @@ test("two clients talk, each with an id for what it sends, and no echo", async (
   assert.equal(bob.heard().length, 1);
 });
 
+// As CVE-2019-10744 and its like do it: who publishes must not reach the prototypes of all objects.
+test("keys of prototypes are keys like any other, in messages, presence and errors", async (t) => {
+  const url = site.bus("prototypes");
+  const [ann, bob] = await Promise.all([joined(t, url), joined(t, url)]);
+  const json = '{"__proto__":{"hit":1},"constructor":{"prototype":{"hit":1}}}';
+  bob.present();
+  ann.present(JSON.parse(json));
+  await until("the presence", () => bob.others.has(ann.user));
+  assert.equal(JSON.stringify(bob.others.get(ann.user)), json);
+  await ann.send(JSON.parse(json));
+  await until("the message", () => bob.events.message.length);
+  assert.equal(JSON.stringify(bob.heard()[0]), json);
+  const hostile = `{"error":"no","message":"No.",${json.slice(1)}`;
+  const reply = { status: 400, headers: { "Content-Type": "application/json" }, body: hostile };
+  const proxy = await proxied(t, url, (pass, { method }) => (method === "POST" ? reply : pass()));
+  await assert.rejects((await joined(t, proxy.url)).send(1), { code: "no" });
+  assert.equal({}.hit, undefined);
+});
+
 test("what is sent before the join is answered arrives in order", async (t) => {
   const url = site.bus("early");
   const bob = await joined(t, url);

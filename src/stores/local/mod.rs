@@ -321,9 +321,9 @@ impl<S: Sleep> Store for Local<S> {
 /// A write beyond `ulimit -f` is an error from now on, and no longer the end of the process.
 fn ignore_file_limit_signal() {
     static ONCE: Once = Once::new();
-    // SAFETY: no handler runs; the signal is ignored.
-    ONCE.call_once(|| unsafe {
-        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    ONCE.call_once(|| {
+        // SAFETY: it gives the kernel two numbers. Ignored is no handler: none of our code runs at a signal.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     });
 }
 
