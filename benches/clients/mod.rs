@@ -244,20 +244,3 @@ fn clock_time(clock: libc::clockid_t) -> Duration {
     assert_eq!(unsafe { libc::clock_gettime(clock, &mut time) }, 0);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
-
-/// Lets this process open as many files as the system lets it, and this many where it may raise that: how many.
-pub fn raise_file_limit(wanted: u64) -> u64 {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: each call reads or writes the one structure it is given.
-    unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
-        let most = limit.rlim_max.max(wanted);
-        for (soft, hard) in [(most, most), (limit.rlim_max, limit.rlim_max)] {
-            let raised = libc::rlimit { rlim_cur: soft, rlim_max: hard };
-            if libc::setrlimit(libc::RLIMIT_NOFILE, &raised) == 0 {
-                return soft;
-            }
-        }
-    }
-    limit.rlim_cur
-}
