@@ -207,7 +207,7 @@ struct Reader {
     kind: usize,
     /// Its cursor.
     id: u64,
-    /// How many of the log it has had; none where it was told that it missed some, and has not heard one since.
+    /// How many of the log it has had; none where it was told that it missed some, until it hears where it is.
     position: Option<usize>,
     socket: Option<UnixStream>,
     received: Vec<u8>,
@@ -380,53 +380,43 @@ impl Reader {
             }
             let Some(end) = find(rest, b"\n\n") else { break };
             let event = String::from_utf8(rest[..end + 2].to_vec()).unwrap();
-            match event.strip_prefix("id: ") {
-                // Then it is the next in the log.
-                Some(rest) => is_early = !self.find_place(rest.split_once('\n').unwrap(), &event, &mut log),
-                None => {
-                    self.take_sign(&event, next);
-                    at += event.len();
-                }
+            match self.take_event(&event, &mut log) {
+                Some(length) => at += length,
+                None => is_early = true,
             }
         }
         self.text.drain(..at);
         !is_early
     }
 
-    /// Finds a message in the log, at whose end it may be new. False where it is to be looked for later.
-    fn find_place(&mut self, (id, data): (&str, &str), event: &str, log: &mut Vec<Message>) -> bool {
-        let id: u64 = id.parse().unwrap();
-        assert!(id > self.id, "{id} behind {}", self.id);
-        match self.position {
-            Some(position) => {
-                assert_eq!(position, log.len(), "a stream heard {event}, others another in its place");
-                let json: serde_json::Value = serde_json::from_str(data.trim_start_matches("data: ")).unwrap();
-                assert_eq!(json["id"], id, "{event}");
-                let sent = self.crowd.began + Duration::from_micros(json["data"]["at"].as_u64().unwrap());
-                if json["data"]["last"] == true {
-                    self.crowd.last.set(Some(id));
-                }
-                log.push(Message { id, event: event.into(), sent });
+    /// Takes an event that is not the next in the log: how many of its bytes are done with. None where it is to be looked
+    /// at later, when others have heard what it tells of.
+    fn take_event(&mut self, event: &str, log: &mut Vec<Message>) -> Option<usize> {
+        let next = self.position.and_then(|position| log.get(position));
+        if let Some((id, data)) = event.strip_prefix("id: ").and_then(|rest| rest.split_once("\ndata: ")) {
+            let id: u64 = id.parse().unwrap();
+            assert!(id > self.id, "{event} behind {}", self.id);
+            if self.position.is_some() {
+                let others = next.map(|message| String::from_utf8_lossy(&message.event));
+                assert!(others.is_none(), "behind {}, a stream heard {event}, others {others:?}", self.id);
+                log.push(self.crowd.read(id, data, event));
+                return Some(0);
             }
-            None => match log.binary_search_by_key(&id, |message| message.id) {
-                Ok(position) => {
-                    assert_eq!(event.as_bytes(), log[position].event);
-                    self.position = Some(position);
-                }
-                Err(position) => {
-                    assert_eq!(position, log.len(), "a stream heard {event}, others did not");
-                    return false;
-                }
-            },
-        }
-        true
-    }
-
-    /// An event that is no message. `next` is the one that would be.
-    fn take_sign(&mut self, event: &str, next: Option<&Message>) {
-        if let Some(rest) = event.strip_prefix("event: cursor\nid: ") {
+            let Ok(position) = log.binary_search_by_key(&id, |message| message.id) else {
+                assert!(log.last().is_none_or(|last| last.id < id), "a stream heard {event}, others did not");
+                return None;
+            };
+            assert_eq!(event.as_bytes(), log[position].event);
+            count(&self.fate().heard, 1);
+            self.id = id;
+        } else if let Some(rest) = event.strip_prefix("event: cursor\nid: ") {
             let id: u64 = rest.split('\n').next().unwrap().parse().unwrap();
             assert!(id >= self.id && next.is_none_or(|next| next.id > id), "{event} behind {}", self.id);
+            if self.position.is_none() {
+                // From here on it misses nothing.
+                log.last().filter(|last| last.id >= id)?;
+                self.position = Some(log.partition_point(|message| message.id <= id));
+            }
             self.id = id;
         } else if event.starts_with("event: missed\n") {
             assert!([PAUSING, TRICKLING].contains(&self.kind), "a stream that was read has missed messages");
@@ -435,6 +425,7 @@ impl Reader {
         } else {
             assert!(event.starts_with("retry: ") || event == ":\n\n", "{event}");
         }
+        Some(event.len())
     }
 }
 
@@ -626,6 +617,17 @@ async fn watch_usage(crowd: &Crowd, pid: u32, is_enough: impl Fn(Duration) -> bo
 }
 
 impl Crowd {
+    /// Reads a message that nobody has heard before.
+    fn read(&self, id: u64, data: &str, event: &str) -> Message {
+        let json: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(json["id"], id, "{event}");
+        if json["data"]["last"] == true {
+            self.last.set(Some(id));
+        }
+        let sent = self.began + Duration::from_micros(json["data"]["at"].as_u64().unwrap());
+        Message { id, event: event.into(), sent }
+    }
+
     /// Every message that was acknowledged, and no other, came to each ordinary stream and to each that broke off, once and
     /// in one order; the slow ones had the same, but for what they were told that they have missed.
     fn check(&self) {
