@@ -56,7 +56,8 @@ const TRICKLE: usize = 2_048;
 const BREAK: Duration = Duration::from_secs(10);
 /// So many that each has its answer before its next message is due.
 const PUBLISHERS: u32 = 50;
-/// How long the last message may take to the last stream: those that lag come back, and read what they have missed.
+/// How long a publisher tries, which is no longer than the bus remembers its `once`; and how long the last message may take
+/// to the last stream: those that lag come back, and read what they have missed.
 const LAST: Duration = Duration::from_secs(120);
 /// Memory that a stream may take, KiB: the bench's goal.
 const STREAM: u64 = 8;
@@ -500,7 +501,8 @@ async fn break_off(crowd: Rc<Crowd>) {
 async fn publish(crowd: &Crowd, once: &str, what: &str) {
     let at = crowd.began.elapsed().as_micros();
     let body = format!("{{\"at\":{at},{what},\"text\":\"{}\"}}", "x".repeat(crowd.plan.bytes));
-    for _ in 0..40 {
+    let begun = Instant::now();
+    while begun.elapsed() < LAST {
         let reply = crowd.place.ask("POST", &format!("user=1&once={once}"), &body).await;
         match reply.as_ref().map(|reply| reply.status) {
             Some(200) => return crowd.acknowledged.borrow_mut().push(reply.unwrap().json()["id"].as_u64().unwrap()),
