@@ -30,7 +30,7 @@ demo: NEEDS = apache2 curl
 demo: build
 	@tests/demo.sh
 
-test: NEEDS = memcached apache2 mod_fcgid mod_evasive nginx fcgiwrap lighttpd caddy busybox spawn-fcgi systemd-socket-activate curl openssl ip strace python3 php dpkg-deb lintian man chromium firefox-esr node npm
+test: NEEDS = memcached apache2 mod_fcgid mod_evasive nginx fcgiwrap lighttpd caddy busybox uwsgi-core spawn-fcgi systemd-socket-activate curl openssl ip strace python3 php dpkg-deb lintian man chromium firefox-esr node npm
 test: build
 	cargo test --locked
 

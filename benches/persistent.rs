@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clients::{Client, Epoll, Place, cpu, get, own_cpu, post};
-use fixtures::daemon::{Daemon, Folder, executable, wait_for};
+use fixtures::daemon::{Daemon, Folder, executable, raise_file_limit, wait_for};
 use fixtures::fastcgi_client;
 use fixtures::fastcgi_server::{self, Bus, Worker};
 use fixtures::memcached::Memcached;
@@ -92,7 +92,7 @@ due.";
 
 fn main() {
     let load = load_average();
-    let files = clients::raise_file_limit((STREAMS * 2) as u64);
+    let files = raise_file_limit((STREAMS * 2) as u64);
     let mut table = Table::new();
     let site = Site::start();
     requests(&mut table, &site);

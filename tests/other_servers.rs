@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::json;
 
@@ -58,6 +58,31 @@ fn busybox() -> Server {
         }
     }
     panic!("busybox httpd found no port");
+}
+
+/// By the line in docs/servers.md, but for where things are.
+fn uwsgi() -> Server {
+    let folder = Folder::new();
+    for name in ["cgi-bin", "store"] {
+        fs::create_dir(folder.join(name)).unwrap();
+    }
+    assert!(Command::new("cp").arg(executable()).arg(folder.join("cgi-bin/chat")).status().unwrap().success());
+    let (_, line) = include_str!("../docs/servers.md").split_once("`uwsgi-core ").unwrap();
+    let line = line.split('`').next().unwrap();
+    let address = folder.join("uwsgi.sock").display().to_string();
+    assert!(line.contains(" :8080 ") && line.contains("=/usr/lib/cgi-bin ") && line.ends_with("--cgi-timeout 30"));
+    let line = line.replace(":8080", &address).replace("/usr/lib", folder.path().to_str().unwrap());
+    // So that what it cannot do ends sooner; a stream is not silent for so long here.
+    let line = line.replace("--cgi-timeout 30", "--cgi-timeout 5");
+    let mut command = Command::new("uwsgi-core");
+    command.args(line.split(' ')).stderr(folder.start_log()).stdout(Stdio::null());
+    command.env("SHORTBUS_STORE", folder.join("store")).env("SHORTBUS_WAIT", "20");
+    let mut daemon = Daemon::start(&mut command, "uwsgi-core");
+    wait_for("uWSGI", || {
+        assert!(daemon.is_alive(), "{}", folder.text("start.log"));
+        connect(&address).is_some()
+    });
+    Server { folder, _daemons: vec![daemon], address }
 }
 
 /// By the example, but for where things are.
@@ -146,6 +171,22 @@ fn busybox_httpd_serves_a_bus_but_not_its_page() {
     assert_eq!(status_of_known_client(&server), 200);
     let chunked = server.ask("POST", "?user=1", &[("Transfer-Encoding", "chunked")], "3\r\n\"x\"\r\n0\r\n\r\n");
     assert_eq!(chunked.outcome(), (400, "not_json".into()));
+}
+
+#[test]
+fn uwsgi_serves_a_bus_but_not_its_page() {
+    let server = uwsgi();
+    let start = a_bus_is_served(&server);
+    events_come_at_once(&server, start);
+    assert!(server.log().contains("shortbus: chat: not_json"), "{}", server.log());
+    assert_eq!(status_of_known_client(&server), 304);
+    let foreign = server.ask("POST", "?user=1", &[("Referer", "http://elsewhere.example/")], "1");
+    assert_eq!(foreign.outcome(), (403, "foreign_origin".into()));
+    // What it cannot do: the page's path comes without its slash, and no body without a length comes to an end.
+    assert!(server.ask("GET", "/", &[], "").json()["user"].is_u64());
+    let chunked = [("Transfer-Encoding", "chunked"), ("Connection", "close")];
+    assert_eq!(exchange(&server.address, "POST", "/cgi-bin/chat?user=1", &chunked, b"3\r\n\"x\"\r\n0\r\n\r\n"), None);
+    assert_eq!(server.ask("GET", "", &[], "").status, 200);
 }
 
 #[test]

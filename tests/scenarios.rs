@@ -396,15 +396,17 @@ fn a_foreign_page_can_neither_publish_nor_ask_to(front: Front) {
     }
     // What the browser says decides, also where the name is right: over plain http it is easily forged. Servers may hand on
     // no Origin; where they tell the scheme it has to be the right one.
+    let (own, other) = front.schemes();
+    let [own_origin, other_origin] = [own, other].map(|scheme| format!("{scheme}://localhost"));
     let foreign: [&[(&str, &str)]; 8] = [
         &[("Origin", "http://evil.example"), ("Sec-Fetch-Site", "cross-site")],
-        &[("Origin", "http://localhost"), ("Sec-Fetch-Site", "cross-site")],
-        &[("Origin", "http://localhost"), ("Sec-Fetch-Site", "same-site")],
+        &[("Origin", &own_origin), ("Sec-Fetch-Site", "cross-site")],
+        &[("Origin", &own_origin), ("Sec-Fetch-Site", "same-site")],
         &[("Sec-Fetch-Site", "cross-site")],
         &[("Referer", "http://evil.example/localhost")],
         &[("Referer", "http://localhost.evil.example")],
-        &[("Origin", "http://localhost"), ("X-Forwarded-Proto", "https")],
-        &[("Origin", "https://localhost")],
+        &[("Origin", &own_origin), ("X-Forwarded-Proto", other)],
+        &[("Origin", &other_origin)],
     ];
     for headers in foreign {
         let reply = site.request("POST", "chat?user=1", headers, b"1");
@@ -430,15 +432,17 @@ fn a_page_of_this_site_publishes(front: Front) {
     let site = Site::start(front);
     site.copy("chat");
     // curl has no Origin; a page of this host has this one, also behind a proxy that speaks https or rewrites Host.
+    let (own, other) = front.schemes();
+    let [of_own, of_other] = [own, other].map(|scheme| move |rest: &str| format!("{scheme}://{rest}"));
     let own: [&[(&str, &str)]; 10] = [
         &[],
-        &[("Origin", "http://localhost")],
-        &[("Origin", "https://localhost"), ("X-Forwarded-Proto", "https")],
-        &[("Origin", "http://Example.org:8080"), ("Host", "example.org:8080")],
+        &[("Origin", &of_own("localhost"))],
+        &[("Origin", &of_other("localhost")), ("X-Forwarded-Proto", other)],
+        &[("Origin", &of_own("Example.org:8080")), ("Host", "example.org:8080")],
         &[("Origin", "https://example.org"), ("Host", "example.org:443"), ("X-Forwarded-Proto", "https")],
         &[("Origin", "https://public.example"), ("Host", "backend:8080"), ("Sec-Fetch-Site", "same-origin")],
         &[("Origin", "null"), ("Sec-Fetch-Site", "same-origin")],
-        &[("Referer", "http://localhost/a/page?of=it")],
+        &[("Referer", &of_own("localhost/a/page?of=it"))],
         &[("Referer", "")],
         &[("Referer", "http://evil.example/"), ("Sec-Fetch-Site", "none")],
     ];
@@ -795,10 +799,16 @@ fn bodies_get_the_documented_answer(front: Front) {
         assert_outcome(&reply, status, code);
         good += u64::from(status == 200);
     }
-    // Longer than it says: what lies behind is not the body's.
-    let reply = site.raw("POST", "chat?user=1", &[("Content-Length", "2"), ("Connection", "keep-alive")], b"12345");
-    assert_outcome(&reply, 200, "");
-    good += 1;
+    let longer = [("Content-Length", "2"), ("Connection", "keep-alive")];
+    if front.is_http2() {
+        // There a request that is longer than it says is malformed (RFC 9113, section 8.1.1).
+        let reply = site.send("POST", "chat?user=1", &longer, b"12345");
+        assert!(reply.as_ref().is_none_or(|reply| reply.status == 400), "{reply:?}");
+    } else {
+        // What lies behind is not the body's.
+        assert_outcome(&site.raw("POST", "chat?user=1", &longer, b"12345"), 200, "");
+        good += 1;
+    }
     good += match front {
         Front::Bare => lengths_get_the_documented_answer(&site),
         _ => unknown_lengths_get_the_documented_answer(&site),
@@ -871,6 +881,8 @@ fn a_query_too_long_for_a_web_server_harms_nobody(front: Front) {
                 assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 431);
                 site.foresee("oversized request-header");
             }
+            // It ends the connection.
+            Front::NginxHttp2 => assert_eq!(site.send("GET", &target, &[], b""), None),
             _ => assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 414),
         }
     }

@@ -315,20 +315,46 @@ fn a_reload_of_lighttpd_waits_for_no_stream() {
     }
 }
 
+/// Runs a client in Node, which trusts the site's certificate.
+fn run_node(script: &str, site: &Site, argument: &str) {
+    let mut node = Command::new("node");
+    node.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(script)).arg(argument);
+    let output = node.env("NODE_EXTRA_CA_CERTS", site.certificate()).output();
+    let output = output.unwrap_or_else(|error| panic!("node: {error}; make test installs it"));
+    // It warns where there is no certificate.
+    assert!(output.status.success(), "{:?}: {output:?}", site.front);
+}
+
+#[test]
+fn by_http_2_nginx_serves_many_streams_and_all_else_on_one_connection() {
+    let site = Site::start(Front::NginxHttp2);
+    run_node("http2_streams.mjs", &site, &site.address);
+    for code in ["bad_parameter", "foreign_origin"] {
+        site.expect_error(code);
+    }
+    // And to a client that knows nothing of HTTP/2 but what curl does.
+    let mut listener = Listener::new(&site, "chat");
+    for text in ["one", "two"] {
+        site.publish("chat", 1, format!("\"{text}\""));
+        listener.until(text);
+    }
+}
+
 #[test]
 fn by_http_2_apache_offers_neither_waits_nor_streams_and_no_request_stops_another() {
-    for front in [Front::ApacheCgid, Front::ApacheProxyFcgi] {
-        let site = Site::edited(front, STREAMS, |config, root| {
+    for front in [Front::ApacheCgid, Front::ApacheProxyFcgi, Front::ApacheHttp2] {
+        let site = Site::edited(front, STREAMS, move |config, root| {
             fs::create_dir_all(format!("{root}/htdocs")).unwrap();
             fs::write(format!("{root}/htdocs/static.txt"), "static").unwrap();
             let load = "LoadModule http2_module /usr/lib/apache2/modules/mod_http2.so\nProtocols h2c http/1.1";
+            let load = if front.is_http2() { "" } else { load };
             format!("{config}\n{load}\nDocumentRoot {root}/htdocs\n")
         });
         site.copy("chat");
-        let mut node = Command::new("node");
-        node.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/http2.mjs")).arg(site.url());
-        let output = node.output().unwrap_or_else(|error| panic!("node: {error}; make test installs it"));
-        assert!(output.status.success(), "{front:?}: {output:?}");
+        run_node("http2.mjs", &site, &site.url());
+        if front.is_http2() {
+            continue;
+        }
         // The same server, by HTTP/1.1.
         assert_eq!(site.get("chat").json()["stream"], true, "{front:?}");
         let mut listener = Listener::new(&site, "chat");

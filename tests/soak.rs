@@ -1,7 +1,9 @@
 //! Long ordinary use: many readers that never reconnect and some who publish, through two FastCGI processes on one bus
 //! and now and then CGI. What leaks, or is lost once in a hundred thousand messages, shows in no shorter test.
 //!
-//! `TEST_SOAK=<seconds> cargo test soak -- --ignored --nocapture`; an hour where that is not set.
+//! `TEST_SOAK=<seconds> cargo test soak::for_a_while -- --ignored --nocapture`; an hour where that is not set.
+
+mod crowd;
 
 use std::collections::BTreeMap;
 use std::fs;

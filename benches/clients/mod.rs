@@ -8,8 +8,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-
 use crate::fixtures::fastcgi_client::STDOUT;
 
 /// Where a client connects to, and what is spoken there.
@@ -248,15 +246,4 @@ fn clock_time(clock: libc::clockid_t) -> Duration {
     // SAFETY: writes the one structure it is given.
     assert_eq!(unsafe { libc::clock_gettime(clock, &mut time) }, 0);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
-/// Lets this process open as many files as the system lets it, and this many where it may raise that: how many.
-pub fn raise_file_limit(wanted: u64) -> u64 {
-    let limit = getrlimit(Resource::Nofile);
-    let most = limit.maximum.map(|maximum| maximum.max(wanted));
-    let raised = [most, limit.maximum].into_iter().find(|&files| {
-        let limit = Rlimit { current: files, maximum: files };
-        setrlimit(Resource::Nofile, limit).is_ok()
-    });
-    raised.unwrap_or(limit.current).unwrap_or(u64::MAX)
 }
