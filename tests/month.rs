@@ -6,6 +6,7 @@
 //! fails keeps its folders, each with what was done to its site in `faults.log`. The seed chooses the faults and the
 //! messages; at which moment they meet is the machine's choice.
 
+mod browsers;
 mod checker;
 mod faults;
 mod messages;
@@ -23,6 +24,7 @@ use crate::fixtures::daemon::keep_folders;
 use crate::fixtures::fronts::Front;
 use crate::fixtures::signer::unix_millis;
 use crate::fixtures::site::Settings;
+use browsers::Browsers;
 use checker::Tally;
 use faults::Fault;
 use sites::Deployment;
@@ -178,6 +180,8 @@ impl Drop for Stops<'_> {
 }
 
 fn run(month: &Month, sites: &[Deployment], duration: Duration) {
+    let (browsers, told) = Browsers::start(month, sites);
+    let browsers = &browsers;
     thread::scope(|scope| {
         let _stops = Stops(month);
         let (mut tormentors, mut publishers) = (vec![], vec![]);
@@ -196,6 +200,12 @@ fn run(month: &Month, sites: &[Deployment], duration: Duration) {
             }
             tormentors.push(scope.spawn(move || site.torment(Random(month.seed << 20 | n as u64))));
         }
+        publishers.push(scope.spawn(move || {
+            browsers.work(Random(month.seed << 20 | 0x30000));
+            Some(())
+        }));
+        scope.spawn(move || browsers.listen(told));
+        scope.spawn(move || browsers.watch());
         let end = Instant::now() + duration;
         while Instant::now() < end && !month.failed.load(SeqCst) {
             thread::sleep(Duration::from_millis(50));
@@ -212,6 +222,12 @@ fn run(month: &Month, sites: &[Deployment], duration: Duration) {
             }
         }
     });
+    let recovered = browsers.closed.load(SeqCst).saturating_sub(month.calm.load(SeqCst));
+    println!(
+        "browsers: {} sends given up; all hear {} ms after the last fault",
+        browsers.failed.load(SeqCst),
+        recovered / 1_000
+    );
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::ops::Bound::{Excluded, Included};
 
 use super::STRAGGLES;
 use super::messages::{Message, name, publisher_of};
-use super::readers::{Kind, Missed, Reader};
+use super::readers::{Missed, Reader};
 use super::sites::{Bus, Deployment};
 
 /// What was sent: when it was sent first, and when it was given up or answered last.
@@ -80,7 +80,7 @@ impl Deployment<'_> {
                 };
                 *tally.missed.entry(why).or_default() += 1;
             }
-            self.check_reader(reader, bus, &known, tally, &fail);
+            self.check_reader(reader, &known, tally, &fail);
         }
         tally.acknowledged += log.acks.len();
         tally.readers += log.readers.len();
@@ -99,14 +99,7 @@ impl Deployment<'_> {
     }
 
     /// A reader heard all that it was not told it missed.
-    fn check_reader(
-        &self,
-        reader: &Reader,
-        bus: &Bus,
-        known: &BTreeMap<u64, u64>,
-        tally: &mut Tally,
-        fail: &impl Fn(String),
-    ) {
+    fn check_reader(&self, reader: &Reader, known: &BTreeMap<u64, u64>, tally: &mut Tally, fail: &impl Fn(String)) {
         tally.heard += reader.messages.len();
         let mut heard = reader.messages.iter().peekable();
         let mut lost = 0;
@@ -114,7 +107,7 @@ impl Deployment<'_> {
             if heard.next_if(|(next, _)| *next == id).is_some() {
                 continue;
             }
-            if reader.kind == Kind::Own && publisher_of(key) == bus.plain {
+            if reader.own == Some(publisher_of(key)) {
                 continue;
             }
             if reader.missed.iter().any(|missed| missed.before < id && id <= missed.after) {

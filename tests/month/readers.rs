@@ -35,11 +35,15 @@ pub(super) enum Kind {
     /// Polls that wait.
     Wait,
     Stream,
+    /// The browser client, by whatever works.
+    Browser,
 }
 
 pub(super) struct Reader {
     pub(super) name: String,
     pub(super) kind: Kind,
+    /// The publisher whose messages it is not told.
+    pub(super) own: Option<u64>,
     /// Where it began.
     pub(super) first: u64,
     pub(super) cursor: u64,
@@ -51,8 +55,13 @@ pub(super) struct Reader {
 }
 
 impl Reader {
+    pub(super) fn new(name: String, kind: Kind, own: Option<u64>) -> Reader {
+        let (messages, missed) = Default::default();
+        Reader { name, kind, own, first: 0, cursor: 0, since: 0, messages, missed, closed: false }
+    }
+
     /// Takes a message as a poll's array or a stream's event has it.
-    fn hear(&mut self, bus: &Bus, message: &Value) -> Result<(), String> {
+    pub(super) fn hear(&mut self, bus: &Bus, message: &Value) -> Result<(), String> {
         let id = message["id"].as_u64().unwrap_or_default();
         let text_heard = message["data"].as_str().unwrap_or_default();
         let key = key_of(text_heard).filter(|&key| text(key) == text_heard);
@@ -64,7 +73,7 @@ impl Reader {
         if !bus.signed && message["user"].as_u64() != Some(user) {
             return Err(format!("{message} is by another user"));
         }
-        if self.kind == Kind::Own && user == bus.plain {
+        if self.own == Some(user) {
             return Err(format!("{message} is the reader's own"));
         }
         self.cursor = id;
@@ -91,8 +100,7 @@ impl Deployment<'_> {
 
     pub(super) fn listener<'b>(&'b self, bus: &'b Bus, kind: Kind, number: u64) -> Listener<'b> {
         let name = format!("{:?} {} {kind:?}", self.plan.front, bus.name);
-        let reader =
-            Reader { name, kind, first: 0, cursor: 0, since: 0, messages: vec![], missed: vec![], closed: false };
+        let reader = Reader::new(name, kind, (kind == Kind::Own).then_some(bus.plain));
         Listener { at: self, bus, reader, random: Random(self.month.seed << 20 | 0x10000 | number) }
     }
 }
