@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use rand::TryRng;
 use rand::rngs::SysRng;
 use serde_json::json;
-use shortbus::bus::store::{Op, Reply as StoreReply, Store, StoreError};
 use shortbus::bus::{self, IdempotencyKey, Publish};
 use shortbus::limits;
 use shortbus::stores::block_on;
@@ -28,6 +27,7 @@ use crate::fixtures::fastcgi_server::Worker;
 use crate::fixtures::host::{Host, USER, answer};
 use crate::fixtures::http_client::Reply;
 use crate::fixtures::local_bus::LocalBus;
+use crate::fixtures::stepped::Stepped;
 
 /// The number in a variable, for more by hand than `make test` has time for.
 fn count(variable: &str, usual: usize) -> usize {
@@ -822,35 +822,6 @@ fn a_small_dev_shm_that_fills_up_refuses_for_certain_and_goes_on_when_there_is_r
     assert_eq!(post("chat").0, 200);
 }
 
-/// A bus in a file, on a host whose wall clock is set by hand.
-struct Stepped<'a> {
-    store: Local<WholeProcess>,
-    /// Microseconds that its wall clock is ahead of ours.
-    ahead: &'a Cell<i64>,
-}
-
-impl Store for Stepped<'_> {
-    async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<StoreReply>, StoreError> {
-        self.store.run(batch).await
-    }
-
-    fn ahead(&self) -> u64 {
-        self.store.ahead()
-    }
-
-    async fn pause(&mut self, longest: Duration) {
-        self.store.pause(longest).await;
-    }
-
-    fn now(&self) -> Duration {
-        self.store.now()
-    }
-
-    fn unix_micros(&self) -> u64 {
-        self.store.unix_micros().saturating_add_signed(self.ahead.get())
-    }
-}
-
 #[test]
 fn steps_of_the_wall_clock_change_nothing() {
     const HOUR: i64 = 3_600_000_000;
@@ -858,7 +829,7 @@ fn steps_of_the_wall_clock_change_nothing() {
     let ahead = Cell::new(0);
     let open = || Stepped {
         store: Local::new(StoreFolder::named(bus.store()), b"chat", bus.bytes, WholeProcess),
-        ahead: &ahead,
+        ahead: ahead.get(),
     };
     let publish = |data: &str, name: Option<&str>| {
         let key = name.map(|name| IdempotencyKey { name, token: below(1 << 53), ttl: 123 });

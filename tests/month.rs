@@ -1,10 +1,13 @@
 //! A month in an hour: several sites at once, with publishers and readers of every kind, while what they stand on is
-//! killed, stopped, held, emptied, filled and reloaded, at random. At the end each log is read: nothing acknowledged
-//! was lost untold, nothing came twice or in another order, and nothing was told as missed that was there.
+//! killed, stopped, held, emptied, filled and reloaded, their clocks are set and their connections cut, at random. At the
+//! end each log is read: nothing acknowledged was lost untold, nothing came twice or in another order, nothing was told
+//! as missed that was there, and nothing was published that was refused.
 //!
 //! `TEST_MONTH=<seconds> TEST_SEED=<n> cargo test month -- --nocapture`; a short one where that is not set. A run that
 //! fails keeps its folders, each with what was done to its site in `faults.log`. The seed chooses the faults and the
-//! messages; at which moment they meet is the machine's choice.
+//! messages; at which moment they meet is the machine's choice. The executable is static, and reads the clock without a
+//! system call: no preloaded library sets its clock. So the code of the executable runs in this process by another
+//! clock, beside the site's own processes and on the same store; users and browsers have theirs set.
 
 mod browsers;
 mod checker;
@@ -15,12 +18,14 @@ mod readers;
 mod sites;
 
 use std::collections::BTreeMap;
+use std::io::Error;
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fixtures::daemon::keep_folders;
+use crate::fixtures::daemon::{is_root, keep_folders};
 use crate::fixtures::fronts::Front;
 use crate::fixtures::signer::unix_millis;
 use crate::fixtures::site::Settings;
@@ -39,6 +44,8 @@ const BRIEF: u64 = 8;
 const STRAGGLES: u64 = 15_000_000;
 /// memcached goes by whole seconds: what comes right behind a flush_all may count as before it.
 const FLUSH: u64 = 2_000_000;
+/// How large a disk the local stores of a site have, bytes.
+const DISK: u64 = 16 << 20;
 /// The user, and first part of the text, of each bus's last message.
 const CLOSER: u64 = 0xfff;
 
@@ -85,9 +92,16 @@ impl Plan {
         self.front.can_wait() || self.front == Front::ApacheCgid
     }
 
+    /// Its buses have a disk of their own, which takes root to be there.
+    fn has_disk(&self) -> bool {
+        self.memcached.is_none() && is_root()
+    }
+
     fn faults(&self) -> Vec<Fault> {
         use Fault::*;
         let mut faults = vec![Kill, Kill, Kill, End, Stop, Stop, Hold, Hold, Reload];
+        faults.extend([Files, Crash].iter().filter(|fault| **fault != Crash || !self.front.is_lighttpd()));
+        faults.extend([Full].iter().filter(|_| self.has_disk()));
         faults.extend([Restart, Flush, Away].iter().filter(|_| self.loses));
         faults.extend([Fill, Fill].iter().filter(|_| self.fills));
         faults
@@ -230,6 +244,13 @@ fn run(month: &Month, sites: &[Deployment], duration: Duration) {
     );
 }
 
+/// From now on nobody else sees what this thread, and what it starts, mounts; it goes with them.
+fn see_mounts_alone() {
+    // SAFETY: it takes no pointer, and changes what this thread sees alone.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0, "{}", Error::last_os_error());
+    assert!(Command::new("mount").args(["--make-rprivate", "/"]).status().unwrap().success());
+}
+
 #[test]
 fn nothing_is_lost_in_a_month() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
@@ -246,6 +267,9 @@ fn nothing_is_lost_in_a_month() {
         unanswered: AtomicUsize::new(0),
     };
     println!("TEST_SEED={seed}");
+    if is_root() {
+        see_mounts_alone();
+    }
     let sites: Vec<Deployment> =
         PLANS.iter().enumerate().map(|(number, plan)| Deployment::start(&month, number, plan)).collect();
     run(&month, &sites, Duration::from_secs(number("TEST_MONTH").unwrap_or(SHORT)));
@@ -267,11 +291,17 @@ fn nothing_is_lost_in_a_month() {
         month.unanswered.load(SeqCst),
     );
     println!("told that some were missed: {:?}, in all {} messages", tally.missed, tally.passed);
+    println!("{} messages sent one time were refused for certain", tally.refused);
     let violations = month.violations.lock().unwrap();
     println!("violations: {}", violations.len());
     let first = violations.first().cloned();
     if first.is_some() {
         keep_folders();
+        // The disk goes with this process.
+        let keep = |site: &Deployment| {
+            Command::new("cp").arg("-a").args(["store", "store.kept"].map(|name| site.root.join(name))).status()
+        };
+        sites.iter().for_each(|site| drop(keep(site)));
         sites.iter().for_each(|site| println!("kept: {} {}", site.root.display(), site.folder.path().display()));
         violations.iter().take(30).for_each(|violation| println!("{violation}"));
     } else {

@@ -16,7 +16,7 @@ use super::checker::{Ack, Sent};
 use super::faults::Fault;
 use super::messages::{key, name, text};
 use super::readers::{Kind, Missed, Reader};
-use super::sites::{Bus, Deployment};
+use super::sites::{Bus, Deployment, STEPS};
 use super::{Month, Random, Stops};
 
 /// Where the publishers that are browsers begin.
@@ -87,6 +87,11 @@ impl<'a> Browsers<'a> {
             thread::sleep(random.millis(10, 60));
             let n = random.below(self.clients.len() as u64) as usize;
             match random.below(100) {
+                _ if random.below(100) == 0 => {
+                    let ahead = if random.percent(30) { 0 } else { random.choose(&STEPS) };
+                    self.command(json!(["step", ahead]));
+                    self.month.count(Fault::Step, 1);
+                }
                 0..15 => {
                     let how = random.choose(&["now", "client", "site"]);
                     self.command(json!(["cut", n, random.below(100), how]));
@@ -215,6 +220,8 @@ impl<'a> Browsers<'a> {
                         let what = format!("{}: signature_wrong", reader.name);
                         client.bus.log.lock().unwrap().excuses.push((what, 0, now));
                     }
+                    // By a clock that was set since the last reply.
+                    (403, "signature_too_old" | "signature_clock_ahead") => {}
                     _ => at.pardon(&format!("a request of {}", reader.name), status, code, asked),
                 }
             }

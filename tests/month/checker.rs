@@ -26,6 +26,8 @@ pub(super) struct Log {
     pub(super) acks: Vec<Ack>,
     pub(super) sends: BTreeMap<u64, Sent>,
     pub(super) readers: Vec<Reader>,
+    /// What was sent one time and refused, by which code: it was not published.
+    pub(super) refused: BTreeMap<u64, String>,
     /// What only a store that lost something may cause, and between which moments.
     pub(super) excuses: Vec<(String, u64, u64)>,
 }
@@ -39,6 +41,8 @@ pub(super) struct Tally {
     pub(super) passed: usize,
     pub(super) missed: BTreeMap<&'static str, usize>,
     pub(super) readers: usize,
+    /// Messages whose publisher was told that they were not published.
+    pub(super) refused: usize,
 }
 
 impl Deployment<'_> {
@@ -59,6 +63,11 @@ impl Deployment<'_> {
             }
         }
         self.check_once(&log, &known, &fail);
+        for (id, key) in &known {
+            if let Some(code) = log.refused.get(key) {
+                fail(format!("{} was refused, {code}, and is {id}", name(*key)));
+            }
+        }
         let mut starts: Vec<(u64, u64)> = log.acks.iter().map(|ack| (ack.message.0, ack.start)).collect();
         starts.sort_unstable();
         for reader in &log.readers {
@@ -84,6 +93,7 @@ impl Deployment<'_> {
         }
         tally.acknowledged += log.acks.len();
         tally.readers += log.readers.len();
+        tally.refused += log.refused.len();
     }
 
     /// No message is there twice, unless the store lost that it was there.

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::sites::Deployment;
 use super::{FLUSH, Random, Stops};
@@ -32,7 +33,15 @@ pub(super) enum Fault {
     Away,
     /// Others fill memcached.
     Fill,
-    /// A client leaves in the middle of a request or a stream.
+    /// The local store's disk is full for a while.
+    Full,
+    /// File descriptors run out.
+    Files,
+    /// The web server restarts, with all its connections: Apache as a whole, nginx's worker.
+    Crash,
+    /// The wall clock is set, of a process that answers one request or of a browser.
+    Step,
+    /// A client leaves in the middle of a request or a stream, or a browser's connection is cut.
     Cut,
 }
 
@@ -99,6 +108,11 @@ impl Deployment<'_> {
     /// Whether the store may have lost something between these moments.
     pub(super) fn lost(&self, from: u64, to: u64) -> bool {
         self.losses.lock().unwrap().iter().any(|&(start, end)| start <= to && from <= end)
+    }
+
+    /// Whether something was scarce at some moment between these.
+    pub(super) fn lacked(&self, what: Fault, from: u64, to: u64) -> bool {
+        self.scarce.lock().unwrap().iter().any(|&(fault, start, end)| fault == what && start <= to && from <= end)
     }
 
     /// Takes note of what memcached has given up since the last look.
@@ -182,7 +196,50 @@ impl Deployment<'_> {
                 };
                 memcached.ask((0..4_000).map(item).collect::<String>());
             }),
-            Fault::Cut => unreachable!("by the clients"),
+            Fault::Full => {
+                self.scarce.lock().unwrap().push((fault, begun, u64::MAX));
+                let path = self.root.join("store/theirs");
+                let mut file = fs::File::create(&path).unwrap();
+                let end = Instant::now() + random.millis(1, 2_500);
+                while Instant::now() < end {
+                    // What the bus gives back, too.
+                    while [65_536, 1].iter().any(|&size| file.write(&vec![1; size]).is_ok()) {}
+                    thread::sleep(Duration::from_millis(5));
+                }
+                fs::remove_file(path).unwrap();
+                drop(file);
+                self.scarce.lock().unwrap().last_mut().unwrap().2 = self.month.now();
+            }
+            Fault::Files => {
+                let pids = self.some(random, 3);
+                let prlimit = |pid: &String, what: &str| {
+                    let mut prlimit = Command::new("prlimit");
+                    prlimit.args(["--raw", "--noheadings", "--output=SOFT", "--pid", pid, what]);
+                    prlimit.output().ok().filter(|output| output.status.success()).map(|output| output.stdout)
+                };
+                let files = |pid: &String| fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count) as u64;
+                let least = random.below(4);
+                self.scarce.lock().unwrap().push((fault, begun, u64::MAX));
+                let limits: Vec<_> = pids.iter().map(|pid| prlimit(pid, "--nofile")).collect();
+                let limit = |pid: &&String| prlimit(pid, &format!("--nofile={}:", files(pid) + least)).is_some();
+                times = pids.iter().filter(limit).count();
+                thread::sleep(random.millis(1, 2_000));
+                for (pid, soft) in pids.iter().zip(limits) {
+                    let soft = soft.map(|soft| String::from_utf8(soft).unwrap()).unwrap_or_default();
+                    prlimit(pid, &format!("--nofile={}:", soft.trim()));
+                }
+                self.scarce.lock().unwrap().last_mut().unwrap().2 = self.month.now();
+            }
+            Fault::Crash => {
+                let server = self.site.server_pid().to_string();
+                if self.plan.front.is_apache() {
+                    signal("HUP", &[server]);
+                } else {
+                    let workers = fs::read_to_string(format!("/proc/{server}/task/{server}/children")).unwrap();
+                    signal("KILL", &workers.split_whitespace().map(String::from).collect::<Vec<_>>());
+                }
+            }
+            Fault::Step | Fault::Cut => unreachable!("by the clients"),
         }
         let line = format!("{begun} to {} us: {fault:?} {times}\n", self.month.now());
         let file = fs::File::options().create(true).append(true).open(self.root.join("faults.log"));

@@ -8,7 +8,7 @@ use shortbus::limits;
 use super::checker::{Ack, Sent};
 use super::faults::Fault;
 use super::messages::{is_batcher, key, name, text};
-use super::sites::{Bus, Deployment, Way};
+use super::sites::{Bus, Deployment, STEPS, Way};
 use super::{CLOSER, Random, Stops};
 use crate::fixtures::signer::{Signer, unix_millis};
 
@@ -83,13 +83,13 @@ impl Publisher<'_> {
         Some(())
     }
 
-    fn target(&self, keys: &[u64], body: &str) -> String {
+    fn target(&self, keys: &[u64], body: &str, ahead: i64) -> String {
         let once = format!("k{}", keys[0]);
         let batch = if is_batcher(self.number) { "&batch=1" } else { "" };
         match &self.signer {
             Some(signer) => {
                 let signed = if batch.is_empty() { body.to_owned() } else { format!("batch=1\n{body}") };
-                format!("{}{batch}", signer.query(unix_millis(), &once, signed))
+                format!("{}{batch}", signer.query(unix_millis().saturating_add_signed(ahead), &once, signed))
             }
             None if self.repeats => format!("user={}&once={once}{batch}", self.number),
             None => format!("user={}{batch}", self.number),
@@ -105,8 +105,15 @@ impl Publisher<'_> {
         let mut answer: Option<Vec<u64>> = None;
         for tries in 0.. {
             let asked = at.month.now();
-            let target = self.target(keys, &body);
-            let way = self.random.choose(&[Way::Front, Way::Front, at.beside()]);
+            let way = at.way(&mut self.random);
+            // A user goes by the server's clock, but for now and then.
+            let is_off = bus.signed && self.random.percent(3);
+            let ahead = match way {
+                _ if is_off => self.random.choose(&STEPS),
+                Way::Stepped(ahead) => ahead,
+                _ => 0,
+            };
+            let target = self.target(keys, &body, ahead);
             at.month.repeated.fetch_add(usize::from(tries > 0), SeqCst);
             if !at.month.is_calm() && self.random.percent(3) {
                 // Sent, and gone before the answer.
@@ -138,7 +145,13 @@ impl Publisher<'_> {
                             break;
                         }
                     }
-                    (status, code) => at.pardon(&format!("{} by {way:?}", first), status, &code, asked),
+                    (403, code) if is_off && ["signature_too_old", "signature_clock_ahead"].contains(&&code[..]) => {}
+                    (status, code) => {
+                        at.pardon(&format!("{} by {way:?}", first), status, &code, asked);
+                        if !self.repeats && !["", "outcome_unknown", "store_broken"].contains(&&code[..]) {
+                            bus.log.lock().unwrap().refused.extend(keys.iter().map(|&key| (key, code.clone())));
+                        }
+                    }
                 }
             }
             // What is sent again after the TTL is another message.

@@ -169,11 +169,7 @@ impl Listener<'_> {
             Kind::Wait => query += &format!("&wait={}", 1 + self.random.below(4)),
             _ => {}
         }
-        let way = if self.reader.kind == Kind::Wait {
-            Way::Front
-        } else {
-            self.random.choose(&[Way::Front, Way::Front, self.at.beside()])
-        };
+        let way = if self.reader.kind == Kind::Wait { Way::Front } else { self.at.way(&mut self.random) };
         let Some(reply) = self.at.ask(way, "GET", self.bus, &query, "") else { return false };
         if reply.status != 200 {
             self.at.pardon(&format!("a poll of {}", self.reader.name), reply.status, &reply.outcome().1, asked);

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,11 +12,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use shortbus::config::Config;
+use shortbus::http::{self, request::Gateway};
 use shortbus::limits;
+use shortbus::stores::block_on;
+use shortbus::variables::Variables;
 
 use super::checker::Log;
-use super::faults::{processes, signal};
-use super::{Month, Plan};
+use super::faults::{Fault, processes, signal};
+use super::{DISK, Month, Plan, Random};
 use crate::fixtures::daemon::{Folder, PATIENCE, executable, wait_for};
 use crate::fixtures::fastcgi_client::{END_REQUEST, STDOUT, request, take_record};
 use crate::fixtures::fastcgi_server::Worker;
@@ -24,6 +28,7 @@ use crate::fixtures::fronts::Front;
 use crate::fixtures::http_client::Reply;
 use crate::fixtures::memcached::Memcached;
 use crate::fixtures::site::{Site, on_the_local_store};
+use crate::fixtures::stepped::SteppedBackend;
 
 pub(super) struct Bus {
     pub(super) name: &'static str,
@@ -54,7 +59,13 @@ pub(super) enum Way {
     Cgi,
     /// As FastCGI, on the store of a site with CGI.
     Fastcgi,
+    /// In this process, where the wall clock is so many milliseconds ahead, or behind.
+    Stepped(i64),
 }
+
+/// Steps of the wall clock, milliseconds: a few seconds, an hour, a day, a year.
+pub(super) const STEPS: [i64; 8] =
+    [5_000, -5_000, 3_600_000, -3_600_000, 86_400_000, -86_400_000, 31_536_000_000, -31_536_000_000];
 
 /// A site, what it stands on, and what happens to it.
 pub(super) struct Deployment<'a> {
@@ -68,6 +79,10 @@ pub(super) struct Deployment<'a> {
     pub(super) own: Mutex<Vec<Own>>,
     /// When the store may have lost something: from, to; microseconds of the run.
     pub(super) losses: Mutex<Vec<(u64, u64)>>,
+    /// The local store has a disk of its own.
+    has_disk: bool,
+    /// When that was full, or there were too few file descriptors.
+    pub(super) scarce: Mutex<Vec<(Fault, u64, u64)>>,
     /// What memcached counts of items that it gave up, and when it did.
     pub(super) evicted: Mutex<(u64, u64)>,
 }
@@ -108,12 +123,27 @@ impl<'a> Deployment<'a> {
             buses: (0..settings.len()).map(bus).collect(),
             own: Mutex::default(),
             losses: Mutex::default(),
+            scarce: Mutex::default(),
+            has_disk: plan.has_disk(),
             evicted: Mutex::default(),
             root,
             site,
         };
+        if deployment.has_disk {
+            deployment.mount();
+        }
         deployment.take_over();
         deployment
+    }
+
+    /// Gives the local store a small disk of its own, as nobody else sees it.
+    fn mount(&self) {
+        let folder = self.root.join("store");
+        let owner = fs::metadata(&folder).unwrap();
+        let options = format!("size={DISK},uid={},mode={:o}", owner.uid(), owner.mode() & 0o7777);
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(folder);
+        assert!(mount.status().unwrap().success(), "mount");
     }
 
     /// Starts the FastCGI processes that are not the web server's own.
@@ -126,6 +156,8 @@ impl<'a> Deployment<'a> {
                 let environ = fs::read(path.join("environ")).unwrap_or_default();
                 exe == executable() && environ.split(|&byte| byte == 0).any(|pair| pair == variable.as_bytes())
             };
+            // Its socket is there before it is.
+            wait_for("the process", || !processes(is_ours).is_empty());
             signal("TERM", &processes(is_ours));
             wait_for("the process to end", || processes(is_ours).is_empty());
             let environment = vec![store.clone()];
@@ -193,6 +225,7 @@ impl<'a> Deployment<'a> {
                 self.site.send(method, &format!("{}?{query}", bus.name), headers, body.as_bytes())
             }
             Way::Cgi => self.run(method, bus, query, body).and_then(|bytes| Reply::parse(&bytes)),
+            Way::Stepped(ahead) => self.serve(method, bus, query, body, ahead),
             Way::Fastcgi => exchange(&self.socket(bus), method, query, body).and_then(|bytes| Reply::parse(&bytes)),
         };
         let reply = reply.filter(|reply| reply.status != 200 || serde_json::from_slice::<Value>(&reply.body).is_ok());
@@ -220,6 +253,30 @@ impl<'a> Deployment<'a> {
         output.status.success().then_some(output.stdout)
     }
 
+    /// The executable's own code in this process, as another clock has it run: what the executable would write.
+    fn serve(&self, method: &str, bus: &Bus, query: &str, body: &str, ahead: i64) -> Option<Reply> {
+        let (length, store) = (body.len().to_string(), self.site.store());
+        let mut pairs = bus.settings.to_vec();
+        pairs.extend([(store.0, &store.1[..]), ("GATEWAY_INTERFACE", "CGI/1.1"), ("HTTP_HOST", "localhost")]);
+        pairs.extend([("REQUEST_METHOD", method), ("QUERY_STRING", query), ("CONTENT_LENGTH", &length)]);
+        let variables: Variables = pairs.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())).collect();
+        let config = Config::read(&variables, &Variables::default(), bus.name.as_bytes(), 0);
+        let backend = SteppedBackend(ahead * 1_000);
+        let body = Ok(body.as_bytes().to_vec());
+        let response = block_on(http::answer(&variables, Gateway::Cgi, config, body, &backend));
+        self.month.count(Fault::Step, 1);
+        Reply::parse(&response.to_cgi(false, false))
+    }
+
+    /// One of the ways to a bus. Where the store loses its counter, ids begin anew by the clock, and are to rise.
+    pub(super) fn way(&self, random: &mut Random) -> Way {
+        match random.below(if self.plan.loses { 3 } else { 4 }) {
+            0 | 1 => Way::Front,
+            2 => self.beside(),
+            _ => Way::Stepped(random.choose(&STEPS)),
+        }
+    }
+
     /// Whether a reply that is not the one hoped for is one that these faults may cause.
     pub(super) fn pardon(&self, what: &str, status: u16, code: &str, asked: u64) {
         let now = self.month.now();
@@ -231,6 +288,8 @@ impl<'a> Deployment<'a> {
             // Killed in the middle of an answer.
             (503, "memcached_broken") => self.plan.loses,
             (503, "store_busy") => self.memcached.is_none(),
+            (503, "store_full") => self.lacked(Fault::Full, asked, now),
+            (503, "store_broken") => self.lacked(Fault::Files, asked, now),
             (503, "busy" | "outcome_unknown") => true,
             (503, "memcached_full") => self.plan.fills,
             _ => false,
@@ -257,6 +316,14 @@ impl<'a> Deployment<'a> {
                 return None;
             }
             thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+impl Drop for Deployment<'_> {
+    fn drop(&mut self) {
+        if self.has_disk {
+            let _ = Command::new("umount").arg("-l").arg(self.root.join("store")).status();
         }
     }
 }
