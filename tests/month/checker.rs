@@ -41,8 +41,8 @@ pub(super) struct Tally {
     pub(super) passed: usize,
     pub(super) missed: BTreeMap<&'static str, usize>,
     pub(super) readers: usize,
-    /// Messages whose publisher was told that they were not published.
-    pub(super) refused: usize,
+    /// Messages that were sent one time, by the code that said they were not published.
+    pub(super) refused: BTreeMap<String, usize>,
 }
 
 impl Deployment<'_> {
@@ -93,7 +93,7 @@ impl Deployment<'_> {
         }
         tally.acknowledged += log.acks.len();
         tally.readers += log.readers.len();
-        tally.refused += log.refused.len();
+        log.refused.values().for_each(|code| *tally.refused.entry(code.clone()).or_default() += 1);
     }
 
     /// No message is there twice, unless the store lost that it was there.

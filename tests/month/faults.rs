@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::sites::Deployment;
+use super::slow::crowd;
 use super::{FLUSH, Random, Stops};
+use crate::fixtures::daemon::{PATIENCE, wait_for};
 use crate::fixtures::memcached::Memcached;
 use crate::fixtures::site::Hold;
 
@@ -35,6 +37,10 @@ pub(super) enum Fault {
     Fill,
     /// The local store's disk is full for a while.
     Full,
+    /// What leads to memcached delays, stalls or cuts.
+    Slow,
+    /// memcached has no connection left.
+    Crowd,
     /// File descriptors run out.
     Files,
     /// The web server restarts, with all its connections: Apache as a whole, nginx's worker.
@@ -151,6 +157,10 @@ impl Deployment<'_> {
     fn inflict(&self, fault: Fault, random: &mut Random) -> usize {
         let begun = self.month.now();
         let mut times = 1;
+        let is_scarcity = [Fault::Slow, Fault::Crowd, Fault::Full, Fault::Files].contains(&fault);
+        if is_scarcity {
+            self.scarce.lock().unwrap().push((fault, begun, u64::MAX));
+        }
         match fault {
             Fault::Kill | Fault::End => {
                 let hold = random.percent(50).then(|| self.hold());
@@ -196,8 +206,24 @@ impl Deployment<'_> {
                 };
                 memcached.ask((0..4_000).map(item).collect::<String>());
             }),
+            Fault::Slow => {
+                let (slow, lasts) = (self.slow.as_ref().unwrap(), random.millis(1, 2_500));
+                match random.below(3) {
+                    0 => slow.cut(1 + random.below(5), lasts),
+                    1 => slow.delay(random.millis(1, 300), lasts),
+                    _ => slow.delay(PATIENCE, lasts),
+                };
+            }
+            Fault::Crowd => {
+                let address = self.memcached.as_ref().unwrap().lock().unwrap().address.clone();
+                let taken = crowd(Path::new(&address));
+                thread::sleep(random.millis(1, 1_500));
+                drop(taken);
+                // It takes them back one by one.
+                let answers = || self.memcached.as_ref().unwrap().lock().unwrap().ask("stats\r\n").contains("STAT pid");
+                wait_for("a connection", answers);
+            }
             Fault::Full => {
-                self.scarce.lock().unwrap().push((fault, begun, u64::MAX));
                 let path = self.root.join("store/theirs");
                 let mut file = fs::File::create(&path).unwrap();
                 let end = Instant::now() + random.millis(1, 2_500);
@@ -206,9 +232,9 @@ impl Deployment<'_> {
                     while [65_536, 1].iter().any(|&size| file.write(&vec![1; size]).is_ok()) {}
                     thread::sleep(Duration::from_millis(5));
                 }
+                // Another thread's child, just forked, may have it open still.
+                file.set_len(0).unwrap();
                 fs::remove_file(path).unwrap();
-                drop(file);
-                self.scarce.lock().unwrap().last_mut().unwrap().2 = self.month.now();
             }
             Fault::Files => {
                 let pids = self.some(random, 3);
@@ -219,7 +245,6 @@ impl Deployment<'_> {
                 };
                 let files = |pid: &String| fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count) as u64;
                 let least = random.below(4);
-                self.scarce.lock().unwrap().push((fault, begun, u64::MAX));
                 let limits: Vec<_> = pids.iter().map(|pid| prlimit(pid, "--nofile")).collect();
                 let limit = |pid: &&String| prlimit(pid, &format!("--nofile={}:", files(pid) + least)).is_some();
                 times = pids.iter().filter(limit).count();
@@ -228,7 +253,6 @@ impl Deployment<'_> {
                     let soft = soft.map(|soft| String::from_utf8(soft).unwrap()).unwrap_or_default();
                     prlimit(pid, &format!("--nofile={}:", soft.trim()));
                 }
-                self.scarce.lock().unwrap().last_mut().unwrap().2 = self.month.now();
             }
             Fault::Crash => {
                 let server = self.site.server_pid().to_string();
@@ -240,6 +264,9 @@ impl Deployment<'_> {
                 }
             }
             Fault::Step | Fault::Cut => unreachable!("by the clients"),
+        }
+        if is_scarcity {
+            self.scarce.lock().unwrap().last_mut().unwrap().2 = self.month.now();
         }
         let line = format!("{begun} to {} us: {fault:?} {times}\n", self.month.now());
         let file = fs::File::options().create(true).append(true).open(self.root.join("faults.log"));

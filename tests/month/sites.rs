@@ -20,6 +20,7 @@ use shortbus::variables::Variables;
 
 use super::checker::Log;
 use super::faults::{Fault, processes, signal};
+use super::slow::Slow;
 use super::{DISK, Month, Plan, Random};
 use crate::fixtures::daemon::{Folder, PATIENCE, executable, wait_for};
 use crate::fixtures::fastcgi_client::{END_REQUEST, STDOUT, request, take_record};
@@ -73,6 +74,8 @@ pub(super) struct Deployment<'a> {
     pub(super) plan: &'static Plan,
     pub(super) site: Site,
     pub(super) memcached: Option<Mutex<Memcached>>,
+    /// What leads to memcached.
+    pub(super) slow: Option<Slow>,
     pub(super) root: PathBuf,
     pub(super) folder: Folder,
     pub(super) buses: Vec<Bus>,
@@ -81,7 +84,7 @@ pub(super) struct Deployment<'a> {
     pub(super) losses: Mutex<Vec<(u64, u64)>>,
     /// The local store has a disk of its own.
     has_disk: bool,
-    /// When that was full, or there were too few file descriptors.
+    /// When that was full, there were too few file descriptors or connections, or memcached was slow.
     pub(super) scarce: Mutex<Vec<(Fault, u64, u64)>>,
     /// What memcached counts of items that it gave up, and when it did.
     pub(super) evicted: Mutex<(u64, u64)>,
@@ -91,13 +94,14 @@ impl<'a> Deployment<'a> {
     pub(super) fn start(month: &'a Month, number: usize, plan: &'static Plan) -> Deployment<'a> {
         let settings = plan.settings();
         let memcached = plan.memcached.map(Memcached::start);
+        let slow = memcached.as_ref().filter(|_| plan.slows).map(|memcached| Slow::start(&memcached.address));
         let mut site = None;
         match &memcached {
             None => on_the_local_store(|| site = Some(Site::with(plan.front, settings))),
             Some(memcached) => {
                 // Of the site's own, so that it can be killed while the site is in use.
                 let mut elsewhere = Memcached::absent();
-                elsewhere.address.clone_from(&memcached.address);
+                elsewhere.address = slow.as_ref().map_or_else(|| memcached.address.clone(), Slow::address);
                 site = Some(Site::on(plan.front, elsewhere, settings));
             }
         }
@@ -119,6 +123,7 @@ impl<'a> Deployment<'a> {
             month,
             plan,
             memcached: memcached.map(Mutex::new),
+            slow,
             folder: Folder::new(),
             buses: (0..settings.len()).map(bus).collect(),
             own: Mutex::default(),
@@ -285,8 +290,11 @@ impl<'a> Deployment<'a> {
             (500.., "") => true,
             (409, "once_undecided") => true,
             (503, "memcached_unreachable" | "memcached_timeout") => self.memcached.is_some(),
-            // Killed in the middle of an answer.
-            (503, "memcached_broken") => self.plan.loses,
+            // Killed in the middle of an answer; cut; or it closed while there was more to read.
+            (503, "memcached_broken") => {
+                self.plan.loses || [Fault::Slow, Fault::Crowd].iter().any(|&fault| self.lacked(fault, asked, now))
+            }
+            (503, "memcached_crowded") => self.lacked(Fault::Crowd, asked, now),
             (503, "store_busy") => self.memcached.is_none(),
             (503, "store_full") => self.lacked(Fault::Full, asked, now),
             (503, "store_broken") => self.lacked(Fault::Files, asked, now),
