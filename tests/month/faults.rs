@@ -150,6 +150,8 @@ impl Deployment<'_> {
             self.month.count(fault, times);
         }
         self.look();
+        // They answer what they have begun before they end.
+        self.wait_for_ended();
         self.revive();
     }
 
@@ -167,6 +169,9 @@ impl Deployment<'_> {
                 thread::sleep(random.millis(0, 30));
                 let pids = self.some(random, 3);
                 signal(if fault == Fault::Kill { "KILL" } else { "TERM" }, &pids);
+                if fault == Fault::End {
+                    self.ended.lock().unwrap().extend(pids.iter().cloned());
+                }
                 drop(hold);
                 thread::sleep(random.millis(0, 300));
                 self.revive();
@@ -220,7 +225,8 @@ impl Deployment<'_> {
                 thread::sleep(random.millis(1, 1_500));
                 drop(taken);
                 // It takes them back one by one.
-                let answers = || self.memcached.as_ref().unwrap().lock().unwrap().ask("stats\r\n").contains("STAT pid");
+                let memcached = || self.memcached.as_ref().unwrap().lock().unwrap();
+                let answers = || memcached().try_ask(b"stats\r\n").is_some_and(|stats| stats.contains("STAT pid"));
                 wait_for("a connection", answers);
             }
             Fault::Full => {

@@ -86,6 +86,8 @@ pub(super) struct Deployment<'a> {
     has_disk: bool,
     /// When that was full, there were too few file descriptors or connections, or memcached was slow.
     pub(super) scarce: Mutex<Vec<(Fault, u64, u64)>>,
+    /// Processes that were asked to end.
+    pub(super) ended: Mutex<Vec<String>>,
     /// What memcached counts of items that it gave up, and when it did.
     pub(super) evicted: Mutex<(u64, u64)>,
 }
@@ -129,6 +131,7 @@ impl<'a> Deployment<'a> {
             own: Mutex::default(),
             losses: Mutex::default(),
             scarce: Mutex::default(),
+            ended: Mutex::default(),
             has_disk: plan.has_disk(),
             evicted: Mutex::default(),
             root,
@@ -217,7 +220,14 @@ impl<'a> Deployment<'a> {
     pub(super) fn end(&self) {
         let pids = self.processes();
         signal("TERM", &pids);
-        wait_for("the processes to end", || !self.processes().iter().any(|pid| pids.contains(pid)));
+        self.ended.lock().unwrap().extend(pids);
+        self.wait_for_ended();
+    }
+
+    /// Waits for those that were asked to end.
+    pub(super) fn wait_for_ended(&self) {
+        let ended = self.ended.lock().unwrap();
+        wait_for("the processes to end", || !self.processes().iter().any(|pid| ended.contains(pid)));
     }
 
     /// One request; none where there is no whole reply to it.
