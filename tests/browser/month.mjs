@@ -53,9 +53,9 @@ async function startProxy(number, address) {
 async function load(url) {
   for (;;) {
     try {
-      const reply = await globalThis.fetch(`${url}/shortbus.mjs`);
+      const reply = await globalThis.fetch(`${url}/shortbus.mjs`, { signal: AbortSignal.timeout(5_000) });
       if (reply.ok) return await import(`data:text/javascript;base64,${btoa(await reply.text())}`);
-    } catch {} // cut
+    } catch {} // cut, or held up
     await sleep(100);
   }
 }

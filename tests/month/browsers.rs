@@ -2,6 +2,7 @@
 //! are cut.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter};
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -51,6 +52,13 @@ struct State {
     pending: BTreeMap<u64, u64>,
     /// The newest id of its own, and of which send that is.
     newest: (u64, u64),
+}
+
+impl Display for State {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let State { reader, sends, pending, newest } = self;
+        write!(f, "{} began at {}, has sent {sends}, newest {newest:?}, pending {pending:?}", reader.name, reader.first)
+    }
 }
 
 impl<'a> Browsers<'a> {
@@ -103,7 +111,7 @@ impl<'a> Browsers<'a> {
         for n in 0..self.clients.len() {
             let state = || self.clients[n].state.lock().unwrap();
             let wait_until = |is_so: &dyn Fn() -> bool| {
-                while !is_so() && !self.month.is_lost(|| format!("{} is answered", state().reader.name)) {
+                while !is_so() && !self.month.is_lost(|| state().to_string()) {
                     thread::sleep(Duration::from_millis(20));
                 }
             };
