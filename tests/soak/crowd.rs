@@ -1,8 +1,8 @@
 //! Ten thousand event streams on one bus, of which some read slowly and some break off at random: what they cost the
 //! process, and that the others hear all the same.
 //!
-//! `TEST_SOAK=<seconds> cargo test soak::crowd -- --ignored --nocapture --test-threads=1`; ten minutes where that is not
-//! set.
+//! `TEST_SOAK=<seconds> cargo test soak::crowd::ten_thousand_streams_of -- --ignored --nocapture`; ten minutes where that
+//! is not set.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -596,7 +596,7 @@ fn run(plan: Plan, place: Place, pid: u32, is_enough: impl Fn(Duration) -> bool)
 async fn watch_usage(crowd: &Crowd, pid: u32, is_enough: impl Fn(Duration) -> bool) {
     let (began, first, own) = (Instant::now(), Usage::of(pid), Usage::of(std::process::id()));
     let (mut at, mut usage) = (Duration::ZERO, Usage::of(pid));
-    println!("minute  RSS, KiB  files  CPU, %  messages");
+    println!("minute  RSS, KiB  files  CPU, %  messages  errors");
     loop {
         let elapsed = began.elapsed();
         let is_over = is_enough(elapsed);
