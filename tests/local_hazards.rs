@@ -433,7 +433,8 @@ const SMALL: [&str; 2] = ["prlimit", "--as=33554432"];
 
 impl Template {
     fn new() -> Template {
-        let bus = LocalBus::new(limits::STORE_BYTES_MIN);
+        // Nothing expires while it is damaged again and again.
+        let bus = LocalBus { ttl: 3_600, ..LocalBus::new(limits::STORE_BYTES_MIN) };
         let start = bus.join();
         bus.publish("\"one\"");
         bus.publish(&json!("x".repeat(9_000)).to_string());
