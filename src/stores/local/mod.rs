@@ -244,6 +244,12 @@ impl<S: Sleep> Local<S> {
         }
         let header = match Header::read(file)? {
             Found::Header(header) => header,
+            // One that was set aside and then emptied says no more that it was.
+            Found::New
+                if !self.open.as_ref().is_some_and(|open| open.folder.names(&self.name, file).unwrap_or(false)) =>
+            {
+                return Err(Trouble::Moved);
+            }
             Found::New => Header::new(self.bytes, 0),
             Found::Other(Trouble::Suspect) => return Err(Trouble::Damaged { how: "damaged", last: None }),
             Found::Other(trouble) => return Err(trouble),
