@@ -132,7 +132,7 @@ pub const STORE_BYTES_MIN: u64 = 4 << 20;
 pub const STORE_BYTES_MAX: u64 = 64 << 30;
 
 /// Files of buses that a FastCGI process leaves open for its next request, each with its folder.
-pub const OPEN_FILES: usize = 64;
+pub const OPEN_FILES: usize = 16;
 
 /// Longest pause before a process tries again to lock a bus's file. A batch takes some ten microseconds.
 pub const STORE_LOCK_PAUSE: Duration = Duration::from_millis(2);
@@ -167,8 +167,8 @@ pub const SERVERS: usize = 64;
 pub const CONNECTIONS_REFUSED: usize = 16;
 
 /// Files that a FastCGI process keeps for other purposes than web servers' connections: memcached servers, a name
-/// server, the event loop, the standard streams.
-pub const FILES_SPARE: usize = 32;
+/// server, the event loop, the standard streams, and those of buses.
+pub const FILES_SPARE: usize = 32 + 2 * OPEN_FILES;
 
 /// Pause before accepting again when the system has run out of file descriptors or memory.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

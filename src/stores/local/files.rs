@@ -37,8 +37,10 @@ impl Files {
     /// Leaves it open.
     pub(super) fn keep(&self, path: PathBuf, open: Open, stat: &Stat) {
         let mut files = self.0.borrow_mut();
-        if files.len() >= limits::OPEN_FILES {
-            files.clear();
+        if files.len() >= limits::OPEN_FILES
+            && let Some(any) = files.keys().next().cloned()
+        {
+            files.remove(&any);
         }
         files.insert(path, (open, identity(stat)));
     }

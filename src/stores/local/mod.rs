@@ -237,19 +237,16 @@ impl<S: Sleep> Local<S> {
     }
 
     /// A batch under the lock.
-    fn write(&mut self, file: &File, batch: &[Op<'_>]) -> Result<Vec<Reply>, Trouble> {
+    fn write(&mut self, open: &Open, batch: &[Op<'_>]) -> Result<Vec<Reply>, Trouble> {
+        let file = &*open.file;
         let metadata = file.metadata()?;
         if metadata.nlink() == 0 {
             return Err(Trouble::Moved);
         }
         let header = match Header::read(file)? {
             Found::Header(header) => header,
-            // One that was set aside and then emptied says no more that it was.
-            Found::New
-                if !self.open.as_ref().is_some_and(|open| open.folder.names(&self.name, file).unwrap_or(false)) =>
-            {
-                return Err(Trouble::Moved);
-            }
+            // Set aside while this process waited for the lock, and then emptied, it no longer says so itself.
+            Found::New if !open.folder.names(&self.name, file)? => return Err(Trouble::Moved),
             Found::New => Header::new(self.bytes, 0),
             Found::Other(Trouble::Suspect) => return Err(Trouble::Damaged { how: "damaged", last: None }),
             Found::Other(trouble) => return Err(trouble),
@@ -294,7 +291,7 @@ impl<S: Sleep> Store for Local<S> {
                 return Ok(nothing(batch));
             };
             let lock = self.lock(&open.file).await?;
-            match self.write(&open.file, batch) {
+            match self.write(&open, batch) {
                 Ok(replies) => return Ok(replies),
                 Err(Trouble::Damaged { how, last }) => self.set_aside(&open, how, last)?,
                 Err(Trouble::Store(error)) => return Err(error),
@@ -529,6 +526,19 @@ mod tests {
         // The clock was set back meanwhile.
         assert_eq!(place.run(&[Op::Create(3)]), [Reply::Stored]);
         assert_eq!(place.counter().value, 9);
+    }
+
+    #[test]
+    fn a_file_that_was_set_aside_and_then_emptied_is_not_begun_anew() {
+        let place = Place::new();
+        place.begin(b"x");
+        let mut kept = Local::new(Folder::named(&place.0), b"chat", limits::STORE_BYTES_MIN, WholeProcess);
+        assert_eq!(block_on(kept.run(&[Op::Probe(8)])), Ok(vec![Reply::Stored]));
+        let aside = place.0.join("aside");
+        std::fs::rename(place.file(), &aside).unwrap();
+        File::create(&aside).unwrap();
+        assert_eq!(block_on(kept.run(&[Op::Create(9)])), Ok(vec![Reply::Stored]));
+        assert_eq!((std::fs::metadata(&aside).unwrap().len(), place.counter().value), (0, 9));
     }
 
     #[test]
