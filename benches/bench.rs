@@ -61,11 +61,11 @@ Medians, quartiles in parentheses. A process's time is from before it is started
 reply is read to the end and it is gone. *Fixed* prints an empty poll's reply. *Raw* connects to the same memcached,
 reads one key that is not there, once or twice, and prints the same; it checks, limits and parses nothing. Both are
 built like the executable: static, the same profile, no start-up code; but the linker puts their code where it likes, and
-*laid out* like the executable's in one row alone. *Behind* is how far a poll's cursor lies
-behind the newest message; *live* is how many messages there are. Through a web server: requests a second of 4
-connections that are kept, memcached over TCP or a local store in memory, ratio to fixed in the same server. Apache's
-mod_cgid takes 10 ms more where the process is not quite gone when its reply is read, most times after a POST. Publishers: processes over TCP,
-each of them in a loop; tries by memcached's count of sets (a lone publish is one try), *refused* with a 503.";
+*laid out* like the executable's in one row alone. *Behind* is how far a poll's cursor lies behind the newest message;
+*live* is how many messages there are. Through a web server: requests a second of 4 connections that are kept, memcached
+over TCP or a local store in memory, ratio to fixed in the same server. Apache's mod_cgid waits where the process is not
+quite gone when its reply is read, most times after a POST. Publishers: processes over TCP, each of them in a loop; tries
+by memcached's count of sets (a lone publish is one try), *refused* with a 503.";
 
 fn main() {
     let mut table = Table::new();
