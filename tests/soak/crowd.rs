@@ -604,7 +604,8 @@ async fn watch_usage(crowd: &Crowd, pid: u32, is_enough: impl Fn(Duration) -> bo
             let now = Usage::of(pid);
             let share = (now.time - usage.time) as f64 / (elapsed - at).as_secs_f64();
             let messages = crowd.acknowledged.borrow().len();
-            println!("{:6.2} {:9} {:6} {share:7.1} {messages:9}", elapsed.as_secs_f64() / 60.0, now.memory, now.files);
+            let (minutes, errors) = (elapsed.as_secs_f64() / 60.0, crowd.errors.borrow().len());
+            println!("{minutes:6.2} {:9} {:6} {share:7.1} {messages:9} {errors:7}", now.memory, now.files);
             (at, usage) = (elapsed, now);
         }
         if is_over {
