@@ -237,7 +237,7 @@ impl<S: Sleep> Local<S> {
     }
 
     /// A batch under the lock.
-    fn write(&mut self, open: &Open, batch: &[Op<'_>]) -> Result<Vec<Reply>, Trouble> {
+    fn write(&mut self, open: &Open, batch: &[Op<'_>], asked: Instant) -> Result<Vec<Reply>, Trouble> {
         let file = &*open.file;
         let metadata = file.metadata()?;
         if metadata.nlink() == 0 {
@@ -251,7 +251,8 @@ impl<S: Sleep> Local<S> {
             Found::Other(Trouble::Suspect) => return Err(Trouble::Damaged { how: "damaged", last: None }),
             Found::Other(trouble) => return Err(trouble),
         };
-        let mut view = View::new(file, header);
+        let late = asked.elapsed();
+        let mut view = View::new(file, header).late(late);
         if metadata.len() < view.layout.length(&header) {
             return Err(Trouble::Damaged { how: "cut short", last: header.last });
         }
@@ -260,7 +261,7 @@ impl<S: Sleep> Local<S> {
             && folder::is_full(error)
         {
             // The disk is full, perhaps of what has expired here. Nothing of the batch is visible: once more.
-            view = View::new(file, view.published);
+            view = View::new(file, view.published).late(late);
             replies = view.tidy().and_then(|()| view.run_and_publish(batch));
         }
         replies.map_err(|trouble| match trouble {
@@ -276,6 +277,7 @@ impl<S: Sleep> Store for Local<S> {
         let takes_no_lock = |op: &Op| matches!(op, Op::Last | Op::Get(_) | Op::Probe(_) | Op::SigningKey);
         let lock_free = batch.iter().all(takes_no_lock);
         let writes = !batch.iter().all(|op| takes_no_lock(op) || matches!(op, Op::Record(_)));
+        let asked = Instant::now();
         for attempt in 0..ATTEMPTS {
             if lock_free && attempt < ATTEMPTS / 2 {
                 match self.read(batch) {
@@ -291,7 +293,7 @@ impl<S: Sleep> Store for Local<S> {
                 return Ok(nothing(batch));
             };
             let lock = self.lock(&open.file).await?;
-            match self.write(&open, batch) {
+            match self.write(&open, batch, asked) {
                 Ok(replies) => return Ok(replies),
                 Err(Trouble::Damaged { how, last }) => self.set_aside(&open, how, last)?,
                 Err(Trouble::Store(error)) => return Err(error),
@@ -526,6 +528,20 @@ mod tests {
         // The clock was set back meanwhile.
         assert_eq!(place.run(&[Op::Create(3)]), [Reply::Stored]);
         assert_eq!(place.counter().value, 9);
+    }
+
+    #[test]
+    fn a_file_that_waited_to_be_begun_begins_by_the_clock_as_it_then_is() {
+        let place = Place::new();
+        let file = File::create(place.file()).unwrap();
+        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        flock(&file, FlockOperation::LockExclusive).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| place.run(&[Op::Create(7)]));
+            std::thread::sleep(Duration::from_millis(300));
+            flock(&file, FlockOperation::Unlock).unwrap();
+        });
+        assert!(place.counter().value > 7, "{:?}", place.counter());
     }
 
     #[test]

@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
 use super::Trouble;
 use super::format::{Chunk, ENTRY, Entry, Header, KEY, Layout, read_at, sum, words};
 use crate::bus::store::{Op, Reply, StoreError};
+use crate::limits;
 
 /// Bytes before a message: checksum, id.
 const MESSAGE: usize = 16;
@@ -26,6 +28,8 @@ pub struct View<'a> {
     pub file: &'a File,
     pub layout: Layout,
     pub now: u64,
+    /// How long ago the batch was asked for.
+    late: Duration,
     /// As it stands in the file.
     pub published: Header,
     pub header: Header,
@@ -48,7 +52,12 @@ impl<'a> View<'a> {
             (header.mark, header.mark_expires, header.records_expire) = (header.record_head, 0, 0);
         }
         let (messages, entries, index, ring) = Default::default();
-        View { file, layout, now, published, header, messages, entries, index, ring }
+        View { file, layout, now, late: Duration::ZERO, published, header, messages, entries, index, ring }
+    }
+
+    /// For a batch that was asked for so long ago.
+    pub fn late(self, late: Duration) -> View<'a> {
+        View { late, ..self }
     }
 
     /// Carries out a batch, and makes it visible.
@@ -132,7 +141,9 @@ impl<'a> View<'a> {
     fn create(&mut self, start: u64) -> bool {
         let missing = self.header.last.is_none();
         if missing {
-            self.header.begin(start);
+            // While this process waited for the lock, others may have begun the file, published, and lost it again.
+            let late = self.late.as_millis() as u64 * 1_000; // microseconds, as ids count
+            self.header.begin(start + late / limits::SLOT_MESSAGES);
         }
         missing
     }
