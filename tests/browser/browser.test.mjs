@@ -1309,11 +1309,16 @@ test("two clients of a bus in a lone page hear by one stream, and no tab is spok
     };
     window.seen = new Set();
     setInterval(() => buses.forEach((bus) => seen.add(bus.transport)), 5);
-    window.buses = [new MessageBus(url), new MessageBus(url)];
+    window.buses = [new MessageBus(url)];
+  }, live.bus("lone"));
+  // The first one leads.
+  await until("its stream", () => page.evaluate(() => buses[0].transport === "stream"));
+  await page.evaluate((url) => {
+    buses.push(new MessageBus(url));
     window.heard = [];
     buses[1].onmessage = ({ data }) => heard.push(data);
   }, live.bus("lone"));
-  await until("both", () => page.evaluate(() => buses.every((bus) => bus.transport === "stream")));
+  await until("both", () => page.evaluate(() => buses[1].transport === "stream"));
   assert.deepEqual(await page.evaluate(() => seen.has("tab")), false);
   assert(await page.evaluate(() => buses[0].send("x")));
   assert.equal(await page.evaluate(() => streams), 1);
