@@ -82,6 +82,26 @@ test("quiz: all see the question and the results, who comes late and who comes b
   await until("another round", async () => String(await answers(bob)) === "six: 0,eight: 0,ten: 0");
 });
 
+test("quiz: a click counts, and the keyboard stays where it is, while others vote", async (t) => {
+  const visit = visitor(t, example("quiz", "quiz"));
+  const [host, ann, bob] = [await visit("#host"), await visit(), await visit()];
+  await host.click("#host button");
+  for (const page of [ann, bob]) await until("the question", async () => (await answers(page)).length === 3);
+  const second = await ann.$("#answers button:nth-of-type(2)");
+  await second.hover();
+  await ann.mouse.down();
+  await bob.click("#answers button:nth-of-type(1)");
+  await until("the other's vote", async () => (await answers(ann))[0] === "six: 1");
+  await ann.mouse.up();
+  await until("both", async () => String(await answers(bob)) === "six: 1,eight: 1,ten: 0");
+  assert(await ann.evaluate(() => document.activeElement.textContent.startsWith("eight")));
+  await ann.keyboard.press("Tab");
+  await bob.click("#answers button:nth-of-type(2)");
+  await until("the other's new vote", async () => (await answers(ann))[1] === "eight: 2");
+  await ann.keyboard.press("Enter");
+  await until("the keyboard's vote", async () => String(await answers(bob)) === "six: 0,eight: 1,ten: 1");
+});
+
 test("quiz: a host that was away for longer than messages live gets the votes", async (t) => {
   const visit = visitor(t, example("quiz", "quiz"));
   const [host, ann] = [await visit("#host"), await visit()];
