@@ -152,6 +152,10 @@ pub const CONNECTIONS: usize = 16_384;
 /// request with a body gets a 503, and a reader that does not read is cut off at once.
 pub const BUFFERS_BYTES: usize = 64 << 20;
 
+/// Polls that may read messages at a time in a process; the others wait for their turn. Each takes a page or two,
+/// [`REPLY_BYTES`]; without it ten thousand clients that come back together would take as many.
+pub const READING: usize = 32;
+
 /// Bytes of a FastCGI request's parameters, names and lengths included. nginx and Apache pass on some 40 KB of request
 /// headers.
 pub const PARAMETERS_BYTES: usize = 64 << 10;
@@ -193,6 +197,10 @@ pub const WATCH_INTERVAL: Duration = Duration::from_millis(8);
 
 /// How often a CGI process that waits asks memcached.
 pub const CGI_WATCH_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Subscribers of a bus that are woken at a time. Ten thousand at once take a tenth of a second to write, for which a
+/// publish would wait at each of its steps.
+pub const WOKEN: usize = 64;
 
 /// How long a wait or a stream pauses after memcached failed, before it asks again.
 pub const WATCH_RETRY: Duration = Duration::from_secs(1);

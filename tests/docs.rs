@@ -230,6 +230,7 @@ fn the_limits_are_the_sources() {
         format!("reads `last` every {} ms", WATCH_INTERVAL.as_millis()),
         format!("a comment every {} seconds", HEARTBEAT.as_secs()),
         format!("that clients do not read, take at most {} MiB of the process in all", BUFFERS_BYTES >> 20),
+        format!("{READING} at a time read what they have missed"),
     ] {
         assert!(pages.contains(&text), "{text}");
     }

@@ -526,6 +526,35 @@ fn readers_that_do_not_read_take_no_more_together_than_a_process_lets_them() {
     assert_eq!(again.ask("GET", &format!("id={id}"), &[], b"").answer().reply.status, 200);
 }
 
+/// All at once, as after a restart, and all behind by nearly a page, which is read in two parts.
+#[test]
+fn readers_that_come_together_take_no_more_than_a_process_lets_them() {
+    let bus = Bus::with(&[("SHORTBUS_MAX_BYTES", "1000000")]);
+    let id = bus.join();
+    let text = format!("\"{}\"", "x".repeat(LARGE / limits::WINDOW as usize));
+    (0..=limits::WINDOW).for_each(|_| _ = bus.publish(1, &text));
+    let memory = bus.memory();
+    let mut readers: Vec<_> = (0..TOO_MANY).map(|_| bus.connect()).collect();
+    bus.worker.daemon.signal("STOP");
+    for reader in &mut readers {
+        reader.ask("GET", &format!("id={id}"), &[], b"");
+    }
+    bus.worker.daemon.signal("CONT");
+    let whole = readers.into_iter().map(|mut reader| {
+        let mut length = 0;
+        while length < LARGE
+            && let Some((_, _, content)) = reader.record()
+        {
+            length += content.len();
+        }
+        usize::from(length >= LARGE)
+    });
+    let whole: usize = whole.sum();
+    println!("{whole} of {TOO_MANY} read");
+    assert!(whole >= TOO_MANY / 6, "{whole} of {TOO_MANY}");
+    assert!(bus.peak_memory() < memory + GROWN, "{memory} -> {}", bus.peak_memory());
+}
+
 #[test]
 fn bodies_on_their_way_take_no_more_together_than_a_process_lets_them() {
     let bus = Bus::with(&[("SHORTBUS_MAX_BYTES", "1000000")]);

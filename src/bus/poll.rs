@@ -85,6 +85,9 @@ pub async fn poll(store: &mut impl Store, after: u64, except: Option<u64>) -> Re
     } else {
         live = store.ahead() == 0 || reader.append(replies, last);
     }
+    if reader.wants_more(last) {
+        store.take_room().await;
+    }
     while reader.wants_more(last) {
         if !live {
             // A gap, as wide as it may be: on to where it ends.

@@ -175,6 +175,9 @@ pub trait Store {
     /// error, after which nothing is known of any of them.
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError>;
 
+    /// Waits for the room that a poll's messages take, where many polls share it; it is given back with the store.
+    async fn take_room(&mut self) {}
+
     /// How many slots a poll reads along with `last`, in case they hold something new. Worth it where the next round
     /// trip costs more than the reading.
     fn ahead(&self) -> u64 {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::select;
 use tokio::sync::{Notify, watch};
-use tokio::task::spawn_local;
+use tokio::task::{spawn_local, yield_now};
 use tokio::time::sleep;
 
 use super::snapshot::{CachedStore, Snapshot, refresh};
@@ -29,7 +29,8 @@ struct Hub {
     place: Place,
     address: Address,
     snapshot: RefCell<Snapshot>,
-    changed: watch::Sender<()>,
+    /// Each wakes [`limits::WOKEN`] subscribers at most.
+    wakers: RefCell<Vec<Rc<watch::Sender<()>>>>,
     /// Something was published in this process.
     published: Notify,
 }
@@ -48,7 +49,7 @@ impl Hubs {
                 place: place.clone(),
                 address,
                 snapshot: RefCell::default(),
-                changed: watch::Sender::default(),
+                wakers: RefCell::default(),
                 published: Notify::new(),
             });
             spawn_local(self.clone().watch(hub.clone()));
@@ -56,7 +57,7 @@ impl Hubs {
         });
         Subscriber {
             stores: self.stores.clone(),
-            changed: hub.changed.subscribe(),
+            changed: hub.subscribe(),
             hub: hub.clone(),
             after,
             except,
@@ -73,27 +74,29 @@ impl Hubs {
 
     /// Wakes all subscribers.
     pub fn wake(&self) {
-        self.hubs.borrow().values().for_each(|hub| hub.changed.send_replace(()));
+        for hub in self.hubs.borrow().values() {
+            hub.wakers.borrow().iter().for_each(|waker| waker.send_replace(()));
+        }
     }
 
     /// Asks the store for as long as there are subscribers: when it tells of a change, or now and then where it does not.
     async fn watch(self: Rc<Hubs>, hub: Rc<Hub>) {
         let mut failures = 0;
-        while hub.changed.receiver_count() > 0 {
+        while hub.has_subscribers() {
             let mut store = self.stores.open(hub.address.clone());
             // Before the look: what is published behind it is told.
             let mut followed = store.follow().await;
             let update = refresh(&mut store, &hub.snapshot).await;
             failures = if update.is_ok() { 0 } else { failures + 1 };
             if update.is_ok_and(|update| hub.snapshot.borrow_mut().apply(update)) {
-                hub.changed.send_replace(());
+                hub.wake().await;
             }
             let pause = limits::WATCH_INTERVAL * (1 << failures.min(7));
             let at_once = failures == 0 && followed.is_some();
             select! {
                 () = hub.published.notified() => {}
                 () = changed(&mut followed), if at_once => {}
-                () = hub.changed.closed(), if at_once => {}
+                () = hub.left(), if at_once => {}
                 () = sleep(pause - self.phase(pause)), if !at_once => {}
             }
         }
@@ -103,6 +106,43 @@ impl Hubs {
     /// How much of an interval is over.
     fn phase(&self, interval: Duration) -> Duration {
         Duration::from_micros((self.started.elapsed().as_micros() % interval.as_micros()) as u64)
+    }
+}
+
+impl Hub {
+    fn subscribe(&self) -> watch::Receiver<()> {
+        let mut wakers = self.wakers.borrow_mut();
+        match wakers.iter().find(|waker| waker.receiver_count() < limits::WOKEN) {
+            Some(waker) => waker.subscribe(),
+            None => {
+                let (sender, receiver) = watch::channel(());
+                wakers.push(Rc::new(sender));
+                receiver
+            }
+        }
+    }
+
+    /// Wakes all subscribers, so many at a time: who publishes meanwhile need not wait until thousands have written.
+    async fn wake(&self) {
+        let wakers = self.wakers.borrow().clone();
+        for (number, waker) in wakers.iter().enumerate() {
+            if number > 0 {
+                yield_now().await;
+            }
+            waker.send_replace(());
+        }
+    }
+
+    fn has_subscribers(&self) -> bool {
+        self.wakers.borrow().iter().any(|waker| waker.receiver_count() > 0)
+    }
+
+    /// Returns when no subscriber is left.
+    async fn left(&self) {
+        let wakers = self.wakers.borrow().clone();
+        for waker in wakers {
+            waker.closed().await;
+        }
     }
 }
 

@@ -125,7 +125,10 @@ impl<S: Store> Store for CachedStore<'_, S> {
         let answer = self.snapshot.borrow().answer(batch);
         match answer {
             Some(replies) => Ok(replies),
-            None => self.store.run(batch).await,
+            None => {
+                self.store.take_room().await;
+                self.store.run(batch).await
+            }
         }
     }
 

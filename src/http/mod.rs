@@ -14,7 +14,8 @@
 //! 9. On a signed bus nothing is stored for a publish before its signature is checked, in constant time; a publish that
 //!    somebody sends again is no second message.
 //! 10. What another user could have put in the place of a bus's folder, file or decision is refused.
-//! 11. What a FastCGI process keeps for slow clients is bounded in all ([`crate::limits::BUFFERS_BYTES`], CVE-2007-6750).
+//! 11. What a FastCGI process keeps for slow clients, and for those that come together, is bounded in all
+//!     ([`crate::limits::BUFFERS_BYTES`], [`crate::limits::READING`], CVE-2007-6750).
 //! 12. Under systemd the process has no privileges, and only the system calls of an ordinary service (seccomp(2)).
 //! 13. The page `B/` runs its own scripts alone, no other site can frame it, and what a message holds is text in it (CWE-79,
 //!     CWE-1021).

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::decision::{self, Decision};
 use super::local::folder::Folder;
@@ -14,13 +17,23 @@ use super::{Either, random_pause, unix_micros};
 use crate::bus::name::Place;
 use crate::bus::store::{Op, Reply, Store, StoreError};
 use crate::config::{Config, StoreSetting};
+use crate::limits;
 
 /// What the requests of this process share.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Stores {
     pool: Rc<Pool>,
     files: Rc<Files>,
     watches: Rc<Watches>,
+    /// A permit for each poll that reads messages.
+    reading: Arc<Semaphore>,
+}
+
+impl Default for Stores {
+    fn default() -> Stores {
+        let reading = Arc::new(Semaphore::new(limits::READING));
+        Stores { pool: Rc::default(), files: Rc::default(), watches: Rc::default(), reading }
+    }
 }
 
 /// Which store a bus's settings name.
@@ -63,7 +76,7 @@ impl Address {
 impl Stores {
     /// A bus's store, for one request. Nothing is opened or decided before it is used.
     pub fn open(&self, address: Address) -> Pooled {
-        Pooled { stores: self.clone(), address, started: Instant::now(), opened: None }
+        Pooled { stores: self.clone(), address, started: Instant::now(), opened: None, reading: None }
     }
 }
 
@@ -73,6 +86,7 @@ pub struct Pooled {
     address: Address,
     started: Instant,
     opened: Option<Either<Pipelined, OneTask>>,
+    reading: Option<OwnedSemaphorePermit>,
 }
 
 impl Pooled {
@@ -130,6 +144,13 @@ impl Pooled {
 impl Store for Pooled {
     async fn run(&mut self, batch: &[Op<'_>]) -> Result<Vec<Reply>, StoreError> {
         self.opened().await?.run(batch).await
+    }
+
+    /// Whoever has it is through at the end of its own time, which is before ours.
+    async fn take_room(&mut self) {
+        if self.reading.is_none() {
+            self.reading = self.stores.reading.clone().acquire_owned().await.ok();
+        }
     }
 
     /// Most polls find nothing new, and another round trip on an open connection is cheap.

@@ -28,7 +28,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 
 use super::{READ_PAUSE, Usage};
 use crate::fixtures::fastcgi_client::{END_REQUEST, STDERR, STDOUT, request, take_record};
-use crate::fixtures::fastcgi_server::Bus;
+use crate::fixtures::fastcgi_server::{Bus, memory};
 use crate::fixtures::fronts::Front;
 use crate::fixtures::http_client::Reply;
 use crate::fixtures::site::Site;
@@ -158,6 +158,33 @@ impl Fate {
     }
 }
 
+/// How many took so many milliseconds.
+struct Delays(RefCell<Vec<u64>>);
+
+impl Delays {
+    fn new() -> Delays {
+        Delays(RefCell::new(vec![0; LONGEST + 1]))
+    }
+
+    fn add(&self, delay: Duration) {
+        self.0.borrow_mut()[(delay.as_millis() as usize).min(LONGEST)] += 1;
+    }
+
+    fn print(&self, what: &str) {
+        let numbers = self.0.borrow();
+        let [median, most, all] = [0.5, 0.99, 1.0].map(|share| {
+            let goal = (numbers.iter().sum::<u64>() as f64 * share).ceil() as u64;
+            let mut sum = 0;
+            let reaches = |&number: &u64| {
+                sum += number;
+                sum >= goal
+            };
+            numbers.iter().position(reaches).unwrap()
+        });
+        println!("{what}: {median} ms, 99 % within {most}, all within {all}");
+    }
+}
+
 fn count(cell: &Cell<u64>, more: u64) {
     cell.set(cell.get() + more);
 }
@@ -192,8 +219,10 @@ struct Crowd {
     last: Cell<Option<u64>>,
     /// By their kinds: ordinary, pausing, trickling, breaking.
     fates: [Fate; 4],
-    /// Messages to ordinary streams, by their delay in milliseconds.
-    delays: RefCell<Vec<u64>>,
+    /// Messages to ordinary streams.
+    delays: Delays,
+    /// Publishes that were answered, tries that failed included.
+    answers: Delays,
 }
 
 /// The kinds' numbers in [`Crowd::fates`].
@@ -362,7 +391,7 @@ impl Reader {
     /// hear the next one.
     fn hear(&mut self) -> bool {
         let (crowd, now, mut at) = (self.crowd.clone(), Instant::now(), 0);
-        let (mut log, mut delays) = (crowd.log.borrow_mut(), crowd.delays.borrow_mut());
+        let mut log = crowd.log.borrow_mut();
         let mut is_early = false;
         while self.begun && !is_early {
             let rest = &self.text[at..];
@@ -374,8 +403,7 @@ impl Reader {
                 at += message.event.len();
                 count(&self.fate().heard, 1);
                 if self.kind == ORDINARY {
-                    let delay = now.saturating_duration_since(message.sent).as_millis();
-                    delays[(delay as usize).min(LONGEST)] += 1;
+                    crowd.delays.add(now.saturating_duration_since(message.sent));
                 }
                 continue;
             }
@@ -505,7 +533,10 @@ async fn publish(crowd: &Crowd, once: &str, what: &str) {
     while begun.elapsed() < LAST {
         let reply = crowd.place.ask("POST", &format!("user=1&once={once}"), &body).await;
         match reply.as_ref().map(|reply| reply.status) {
-            Some(200) => return crowd.acknowledged.borrow_mut().push(reply.unwrap().json()["id"].as_u64().unwrap()),
+            Some(200) => {
+                crowd.answers.add(begun.elapsed());
+                return crowd.acknowledged.borrow_mut().push(reply.unwrap().json()["id"].as_u64().unwrap());
+            }
             Some(409 | 502 | 503) => crowd.errors.borrow_mut().push(reply.unwrap().outcome().1),
             _ => panic!("{once}: {reply:?}"),
         }
@@ -545,7 +576,8 @@ fn run(plan: Plan, place: Place, pid: u32, is_enough: impl Fn(Duration) -> bool)
             ending: watch::Sender::new(false),
             last: Cell::default(),
             fates: Default::default(),
-            delays: RefCell::new(vec![0; LONGEST + 1]),
+            delays: Delays::new(),
+            answers: Delays::new(),
         });
         let before = Usage::of(pid);
         let mut tasks = JoinSet::new();
@@ -585,7 +617,7 @@ fn run(plan: Plan, place: Place, pid: u32, is_enough: impl Fn(Duration) -> bool)
             panic!("{} streams have not heard the last message after {LAST:?}", tasks.len());
         }
         crowd.check();
-        let (peak, most) = (peak_memory(pid), before.memory + STREAM * crowd.plan.streams() as u64 + GROWN);
+        let (peak, most) = (memory(pid, "VmHWM"), before.memory + STREAM * crowd.plan.streams() as u64 + GROWN);
         println!("peak memory of the process: {peak} KiB");
         assert!(peak < most, "{peak} KiB, and {most} would be bounded");
         crowd
@@ -655,24 +687,9 @@ impl Crowd {
             let all = messages * *number as u64;
             assert!(fate.heard.get() == all || fate.missed.get() > 0 && fate.heard.get() < all, "{kind}: {all}");
         }
-        let delays = self.delays.borrow();
-        let within = |share: f64| {
-            let goal = (delays.iter().sum::<u64>() as f64 * share).ceil() as u64;
-            let mut sum = 0;
-            delays.iter().position(|&number| {
-                sum += number;
-                sum >= goal
-            })
-        };
-        let [median, most, all] = [0.5, 0.99, 1.0].map(|share| within(share).unwrap());
-        println!("delay to ordinary streams: {median} ms, 99 % within {most}, all within {all}");
+        self.delays.print("delay to ordinary streams");
+        self.answers.print("answers to publishers");
     }
-}
-
-fn peak_memory(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 /// For the streams, here and in the process, which keeps an eighth of its places for those who do not wait.
