@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 
 use crate::fixtures::daemon::{Daemon, Folder, executable, wait_for};
-use crate::fixtures::fastcgi_server::{Worker, copy};
 use crate::fixtures::http_client::{Reply, connect, exchange, send};
 use crate::servers::Listener;
 
@@ -83,30 +82,6 @@ fn uwsgi() -> Server {
         connect(&address).is_some()
     });
     Server { folder, _daemons: vec![daemon], address }
-}
-
-/// By the example, but for where things are.
-fn caddy() -> Server {
-    let folder = Folder::new();
-    fs::create_dir(folder.join("store")).unwrap();
-    let program = copy(&folder);
-    let store = folder.join("store").display().to_string();
-    let worker = Worker::start(&program, folder.join("shortbus.sock"), &folder, &[("SHORTBUS_STORE", &store)]);
-    let root = folder.path().display().to_string();
-    let site = include_str!("../examples/Caddyfile").replace("/run/shortbus.sock", &format!("{root}/shortbus.sock"));
-    assert!(site.contains(&root));
-    let address = format!("{root}/caddy.sock");
-    let config = format!("{{\nadmin off\nauto_https off\n}}\nhttp:// {{\nbind unix/{address}\n{site}\n}}\n");
-    fs::write(folder.join("Caddyfile"), config).unwrap();
-    let mut command = Command::new("caddy");
-    command.args(["run", "--adapter", "caddyfile", "--config"]).arg(folder.join("Caddyfile"));
-    command.env("HOME", folder.path()).stderr(fs::File::create(folder.join("caddy.log")).unwrap());
-    let mut daemon = Daemon::start(&mut command, "caddy");
-    wait_for("caddy", || {
-        assert!(daemon.is_alive(), "{}", folder.text("caddy.log"));
-        connect(&address).is_some()
-    });
-    Server { folder, _daemons: vec![worker.daemon, daemon], address }
 }
 
 /// The client, asked for by a browser that has it.
@@ -187,18 +162,4 @@ fn uwsgi_serves_a_bus_but_not_its_page() {
     let chunked = [("Transfer-Encoding", "chunked"), ("Connection", "close")];
     assert_eq!(exchange(&server.address, "POST", "/cgi-bin/chat?user=1", &chunked, b"3\r\n\"x\"\r\n0\r\n\r\n"), None);
     assert_eq!(server.ask("GET", "", &[], "").status, 200);
-}
-
-#[test]
-fn caddy_serves_a_bus_by_fastcgi_with_streams_and_its_page() {
-    let server = caddy();
-    let start = a_bus_is_served(&server);
-    assert_eq!(server.ask("GET", "/", &[], "").status, 200);
-    assert_eq!(status_of_known_client(&server), 304);
-    events_come_at_once(&server, start);
-    // A scheme that is not the page's own is another origin.
-    let foreign = server.ask("POST", "?user=1", &[("Origin", "https://localhost")], "1");
-    assert_eq!(foreign.outcome(), (403, "foreign_origin".into()));
-    // What it cannot do: Debian's Caddy hands on no error line.
-    assert!(!server.folder.text("caddy.log").contains("shortbus: "), "{}", server.folder.text("caddy.log"));
 }

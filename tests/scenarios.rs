@@ -409,6 +409,9 @@ fn a_foreign_page_can_neither_publish_nor_ask_to(front: Front) {
         &[("Origin", &other_origin)],
     ];
     for headers in foreign {
+        if !front.trusts_proxies() && headers.contains(&("X-Forwarded-Proto", other)) {
+            continue;
+        }
         let reply = site.request("POST", "chat?user=1", headers, b"1");
         assert_outcome(&reply, 403, "foreign_origin");
         let sentence = reply.json()["message"].as_str().unwrap().to_owned();
@@ -447,6 +450,9 @@ fn a_page_of_this_site_publishes(front: Front) {
         &[("Referer", "http://evil.example/"), ("Sec-Fetch-Site", "none")],
     ];
     for headers in own {
+        if !front.trusts_proxies() && headers.iter().any(|(name, _)| *name == "X-Forwarded-Proto") {
+            continue;
+        }
         assert_eq!(site.request("POST", "chat?user=1", headers, b"1").status, 200, "{headers:?}");
     }
 }
@@ -582,7 +588,7 @@ fn a_setting_that_cannot_be_used_is_named(front: Front) {
                 line.contains(&format!("shortbus: {known}: bad_setting: "))
                     && line.contains(&format!("(it is '{value}')"))
             };
-            wait_for("the bus and the value in the log", || site.log().lines().any(is_told));
+            wait_for("the bus and the value in the log", || !front.has_log() || site.log().lines().any(is_told));
         }
         // Files need no setting. The page says what is wrong.
         let page = site.get(&format!("{bus}/"));
@@ -766,6 +772,7 @@ fn unknown_lengths_get_the_documented_answer(site: &Site) -> u64 {
     // A body that stops short: server and bus between them publish nothing, and go on.
     let _ = site.send("POST", "chat?user=1", &[("Content-Length", "99")], b"12");
     site.foresee("Error reading request entity data");
+    site.foresee("unexpected EOF");
     site.foresee("prefetch request body failed");
     site.foresee("(reading input brigade)");
     site.foresee("can't get data from http client");
@@ -779,7 +786,7 @@ fn unknown_lengths_get_the_documented_answer(site: &Site) -> u64 {
         if published == 1 { 200 } else { 411 },
         if published == 1 { "" } else { "length_required" },
     );
-    let tells = ![Front::ApacheCgid, Front::ApacheCgi].contains(&site.front);
+    let tells = ![Front::ApacheCgid, Front::ApacheCgi, Front::CaddyFastcgi].contains(&site.front);
     // Over HTTP/2 Apache does where the whole body is there before it looks.
     assert!(published == u64::from(tells) || site.front == Front::ApacheHttp2, "{:?}", site.front);
     let large = [b"2801\r\n", &text_of(10_241)[..], b"\r\n0\r\n\r\n"].concat();
@@ -882,6 +889,7 @@ fn a_query_too_long_for_a_web_server_harms_nobody(front: Front) {
                 assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 431);
                 site.foresee("oversized request-header");
             }
+            Front::CaddyFastcgi => assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 431),
             // It ends the connection.
             Front::NginxHttp2 => assert_eq!(site.send("GET", &target, &[], b""), None),
             _ => assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 414),
@@ -898,6 +906,11 @@ fn methods_and_paths_get_the_documented_answer(front: Front) {
         // nginx knows no method in lower case, lighttpd none that is not in a standard.
         if method == "get" && front.is_nginx() || ["get", "FOO"].contains(&method) && front.is_lighttpd() {
             assert_eq!(reply.status, if front.is_nginx() { 400 } else { 501 });
+            continue;
+        }
+        // Caddy makes a POST of it.
+        if method == "get" && front == Front::CaddyFastcgi {
+            assert!(reply.json()["id"].is_u64());
             continue;
         }
         assert_outcome(&reply, 405, "bad_method");

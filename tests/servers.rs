@@ -163,6 +163,16 @@ fn an_nginx_behind_another_passes_each_event_on_as_it_comes() {
     }
 }
 
+#[test]
+fn caddy_passes_each_event_on_as_it_comes() {
+    let site = Site::start(Front::CaddyFastcgi);
+    let mut listener = Listener::new(&site, "chat");
+    for text in ["first", "second"] {
+        site.publish("chat", 1, format!("\"{text}\""));
+        listener.until(text);
+    }
+}
+
 /// Forty pages behind one address poll twice a second, with a stream open each where they have one, and publish.
 fn assert_a_class_is_let_in(site: &Site) {
     let (_, id) = site.join("chat");
