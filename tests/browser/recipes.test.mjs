@@ -102,6 +102,39 @@ test("quiz: a click counts, and the keyboard stays where it is, while others vot
   await until("the keyboard's vote", async () => String(await answers(bob)) === "six: 0,eight: 1,ten: 1");
 });
 
+test("quiz: the question stays while its host is gone, and what the bus refuses is told", async (t) => {
+  const visit = visitor(t, example("quiz", "quiz"));
+  const [host, ann] = [await visit("#host"), await visit()];
+  await host.click("#host button");
+  await until("the question", async () => (await answers(ann)).length === 3);
+  await ann.click("#answers button:nth-of-type(2)");
+  const one = "six: 0,eight: 1,ten: 0";
+  await until("a vote", async () => String(await answers(host)) === one);
+  await host.goto("about:blank");
+  const bob = await visit();
+  await until("it from another page", async () => String(await answers(bob)) === one);
+  const again = await visit("#host", host.browserContext());
+  await until("it at the host", async () => String(await answers(again)) === one);
+  const asks = (question, ...list) =>
+    again.evaluate(
+      (question, list) => {
+        const form = document.querySelector("#host");
+        [form.question.value, form.answers.value] = [question, list.join("\n")];
+        form.requestSubmit();
+      },
+      question,
+      list,
+    );
+  await asks("x".repeat(11_000), "yes", "no");
+  await until("the refusal", async () => (await text(again, "#state")).includes("10240"));
+  assert.equal(String(await answers(again)), one);
+  await asks("Well?", "yes", "no");
+  for (const page of [ann, bob, again]) await until("it", async () => String(await answers(page)) === "yes: 0,no: 0");
+  await site.publish(site.bus("quiz"), null);
+  await ann.click("#answers button");
+  await until("a vote", async () => String(await answers(bob)) === "yes: 1,no: 0");
+});
+
 test("quiz: a host that was away for longer than messages live gets the votes", async (t) => {
   const visit = visitor(t, example("quiz", "quiz"));
   const [host, ann] = [await visit("#host"), await visit()];
@@ -243,6 +276,9 @@ test("game: messages lead to the same game in any order", async (t) => {
     return Array.from({ length: 500 }, play);
   }, moves);
   assert.deepEqual([...new Set(games)], ["4,7"]);
+  // A message's id is the bus's, whatever it says of itself.
+  const id = await site.publish(site.bus("game"), { start: true, id: Number.MAX_SAFE_INTEGER });
+  await until("a new game", () => page.evaluate((id) => game === id, id));
 });
 
 test("dashboard: behind a proxy, what was published before and what is published now", async (t) => {
