@@ -130,7 +130,11 @@ impl Error {
             Error::Message(Message::NotBatch) => (
                 400,
                 "bad_batch",
-                format!("With batch=1 the body has to be an array of 1 to {} messages.", limits::SLOT_MESSAGES).into(),
+                format!(
+                    "With batch=1 the body has to be an array of 1 to {} messages; publish more as several.",
+                    limits::SLOT_MESSAGES
+                )
+                .into(),
             ),
             Error::Message(Message::TooLarge { limit }) => Error::TooLarge { limit: *limit }.row(),
             Error::Message(Message::LongBatch) => (
@@ -176,8 +180,7 @@ impl Error {
                 403,
                 "signature_wrong",
                 "The signature is not this user's over this message: the bus's name, user, time, once and, for a batch, \
-                 batch=1, each with a line feed behind it, and the body's bytes. Where the bus lost its key with \
-                 memcached, join again."
+                 batch=1, each with a line feed behind it, and the body's bytes. Where the bus lost its key, join again."
                     .into(),
             ),
             Error::Signature(Signature::TooOld) => (
