@@ -422,13 +422,17 @@ impl Streams {
 
     /// Reads events, and hands them to `done` with their client's number until that says so.
     fn read_until(&mut self, mut done: impl FnMut(usize, &str) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let mut deadline = Instant::now() + PATIENCE;
         loop {
             for n in self.epoll.wait(deadline) {
                 let client = &mut self.clients[n];
                 assert!(client.read(), "stream {n} has ended");
                 client.take_text();
                 let events = take_events(&mut client.text);
+                // Heartbeats alone are no progress.
+                if events.contains("id: ") {
+                    deadline = Instant::now() + PATIENCE;
+                }
                 if done(n, &events) {
                     return;
                 }
