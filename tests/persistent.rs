@@ -509,21 +509,23 @@ fn readers_that_do_not_read_take_no_more_together_than_a_process_lets_them() {
     quick.ask("GET", &format!("id={id}&stream=1"), &[], b"").until(&format!("id: {last}\n"));
     assert!(bus.memory() < memory + GROWN, "{memory} -> {}", bus.memory());
     // The others had all that they asked for, or were cut off.
-    let whole = slow.iter_mut().filter_map(|reader| {
-        let mut length = 0;
-        while length < LARGE
-            && let Some((_, _, content)) = reader.record()
-        {
-            length += content.len();
-        }
-        (length >= LARGE).then_some(())
-    });
-    let whole = whole.count();
+    let whole = slow.iter_mut().filter_map(reads_whole).count();
     println!("{whole} of {TOO_MANY} read");
     assert!((TOO_MANY / 6..TOO_MANY / 2).contains(&whole), "{whole} of {TOO_MANY}");
     // There is room again.
     let mut again = bus.connect();
     assert_eq!(again.ask("GET", &format!("id={id}"), &[], b"").answer().reply.status, 200);
+}
+
+/// Something where the reader gets all of the message or page, and was not cut off.
+fn reads_whole(reader: &mut Client) -> Option<()> {
+    let mut length = 0;
+    while length < LARGE
+        && let Some((_, _, content)) = reader.record()
+    {
+        length += content.len();
+    }
+    (length >= LARGE).then_some(())
 }
 
 /// All at once, as after a restart, and all behind by nearly a page, which is read in two parts.
@@ -540,16 +542,7 @@ fn readers_that_come_together_take_no_more_than_a_process_lets_them() {
         reader.ask("GET", &format!("id={id}"), &[], b"");
     }
     bus.worker.daemon.signal("CONT");
-    let whole = readers.into_iter().map(|mut reader| {
-        let mut length = 0;
-        while length < LARGE
-            && let Some((_, _, content)) = reader.record()
-        {
-            length += content.len();
-        }
-        usize::from(length >= LARGE)
-    });
-    let whole: usize = whole.sum();
+    let whole = readers.iter_mut().filter_map(reads_whole).count();
     println!("{whole} of {TOO_MANY} read");
     assert!(whole >= TOO_MANY / 6, "{whole} of {TOO_MANY}");
     assert!(bus.peak_memory() < memory + GROWN, "{memory} -> {}", bus.peak_memory());

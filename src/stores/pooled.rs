@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 use super::decision::{self, Decision};
 use super::local::folder::Folder;
@@ -146,10 +147,11 @@ impl Store for Pooled {
         self.opened().await?.run(batch).await
     }
 
-    /// Whoever has it is through at the end of its own time, which is before ours.
+    /// No longer than a request may take: then memcached is not asked any more.
     async fn take_room(&mut self) {
         if self.reading.is_none() {
-            self.reading = self.stores.reading.clone().acquire_owned().await.ok();
+            let left = limits::STORE_DEADLINE.saturating_sub(self.started.elapsed());
+            self.reading = timeout(left, self.stores.reading.clone().acquire_owned()).await.ok().and_then(Result::ok);
         }
     }
 

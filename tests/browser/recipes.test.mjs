@@ -82,6 +82,15 @@ test("quiz: all see the question and the results, who comes late and who comes b
   await until("another round", async () => String(await answers(bob)) === "six: 0,eight: 0,ten: 0");
 });
 
+/** A host who has asked, and Ann, who has heard it. */
+async function askedQuiz(t) {
+  const visit = visitor(t, example("quiz", "quiz"));
+  const [host, ann] = [await visit("#host"), await visit()];
+  await host.click("#host button");
+  await until("the question", async () => (await answers(ann)).length === 3);
+  return { visit, host, ann };
+}
+
 test("quiz: a click counts, and the keyboard stays where it is, while others vote", async (t) => {
   const visit = visitor(t, example("quiz", "quiz"));
   const [host, ann, bob] = [await visit("#host"), await visit(), await visit()];
@@ -103,10 +112,7 @@ test("quiz: a click counts, and the keyboard stays where it is, while others vot
 });
 
 test("quiz: the question stays while its host is gone, and what the bus refuses is told", async (t) => {
-  const visit = visitor(t, example("quiz", "quiz"));
-  const [host, ann] = [await visit("#host"), await visit()];
-  await host.click("#host button");
-  await until("the question", async () => (await answers(ann)).length === 3);
+  const { visit, host, ann } = await askedQuiz(t);
   await ann.click("#answers button:nth-of-type(2)");
   const one = "six: 0,eight: 1,ten: 0";
   await until("a vote", async () => String(await answers(host)) === one);
@@ -136,10 +142,7 @@ test("quiz: the question stays while its host is gone, and what the bus refuses 
 });
 
 test("quiz: a host that was away for longer than messages live gets the votes", async (t) => {
-  const visit = visitor(t, example("quiz", "quiz"));
-  const [host, ann] = [await visit("#host"), await visit()];
-  await host.click("#host button");
-  await until("the question", async () => (await answers(ann)).length === 3);
+  const { visit, host, ann } = await askedQuiz(t);
   await host.setOfflineMode(true);
   await until("the host to be away", () => host.evaluate(() => !bus.connected));
   await ann.click("#answers button:nth-of-type(2)");
