@@ -4,8 +4,8 @@
 
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { chmodSync, closeSync, copyFileSync, existsSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { mkdirSync, mkdtempSync, renameSync } from "node:fs";
+import { chmodSync, closeSync, copyFileSync, existsSync, openSync, readFileSync, rmSync, statSync } from "node:fs";
+import { mkdirSync, mkdtempSync, renameSync, writeFileSync } from "node:fs";
 import { createServer, request } from "node:http";
 import { connect, createServer as createListener } from "node:net";
 import { tmpdir } from "node:os";
@@ -147,7 +147,7 @@ class Site {
       this.apache = new Daemon(log, "apache2", "-D", "FOREGROUND", "-f", join(this.folder, "apache.conf"));
       // It writes its pid after it has bound the port: what answers there is this Apache.
       const pid = () => existsSync(join(this.folder, "pid")) && answers({ port: this.port, host: "127.0.0.1" });
-      await until("Apache", () => this.apache.ended ?? pid());
+      await until("Apache", async () => this.apache.ended ?? ((await pid()) && this.hasPrograms()));
       if (!this.apache.ended) return;
       const said = readFileSync(log, "utf8");
       if (!said.includes("could not bind")) throw new Error(this.apache.ended + said);
@@ -177,6 +177,17 @@ class Site {
       Include ${REPOSITORY}apache-example.conf
       SetEnv SHORTBUS_MEMCACHED ${this.socket}`;
     return [["cgid", "alias"], shortbus];
+  }
+
+  /**
+   * Whether mod_cgid's process takes what Apache's others ask of it: it makes its socket, listens, and gives the socket
+   * to their user, one after the other, while those serve already.
+   */
+  hasPrograms() {
+    const socket = `${this.folder}/cgid.${readFileSync(join(this.folder, "pid"), "utf8").trim()}`;
+    const listening = / 00010000 .* (.*)$/; // __SO_ACCEPTCON
+    const sockets = readFileSync("/proc/net/unix", "utf8").split("\n");
+    return sockets.some((line) => listening.exec(line)?.[1] === socket) && (!ROOT || statSync(socket).uid !== 0);
   }
 
   #config() {
@@ -295,6 +306,10 @@ class FastcgiSite extends Site {
 
 /** The same with Apache's mod_proxy_fcgi, as examples/apache-fastcgi.conf has it. */
 class ProxyFcgiSite extends FastcgiSite {
+  hasPrograms() {
+    return true; // none of its own
+  }
+
   startApache() {
     return Site.prototype.startApache.call(this);
   }
