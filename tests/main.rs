@@ -18,7 +18,6 @@ mod layout;
 mod local_hazards;
 mod local_store;
 mod month;
-mod other_servers;
 mod persistent;
 mod sandbox;
 mod scenarios;

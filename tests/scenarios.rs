@@ -1,8 +1,10 @@
-//! What a bus does, the same on all eleven fronts: the bare executable, and Apache, lighttpd and nginx with CGI and
-//! FastCGI; each with a memcached of its own. And most of it on the local store, on one front of each kind.
+//! What a bus does, the same on all fronts, each with a memcached of its own. And most of it on the local store, on one
+//! front of each kind.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -295,13 +297,19 @@ fn a_copy_a_hard_link_and_a_symlink_are_three_buses(front: Front) {
         site.publish(bus, 1, format!("\"{bus}\""));
     }
     for bus in ["copy", "hard", "soft"] {
-        assert_eq!(polled(&site.get(&format!("{bus}?id=0"))).len(), 1, "{bus}");
+        let messages = if front.tells_links() || bus == "hard" { 1 } else { 2 };
+        assert_eq!(polled(&site.get(&format!("{bus}?id=0"))).len(), messages, "{bus}");
     }
 }
 
 fn a_name_that_starts_with_nph_works_too(front: Front) {
     let site = Site::start(front);
     site.copy("nph-chat");
+    if front == Front::UwsgiCgi {
+        // It takes no status line.
+        assert_eq!(site.send("GET", "nph-chat", &[], b""), None);
+        return;
+    }
     let (user, start) = site.join("nph-chat");
     site.publish("nph-chat", user, "\"hello\"");
     let reply = site.get(&format!("nph-chat?id={start}"));
@@ -409,6 +417,9 @@ fn a_foreign_page_can_neither_publish_nor_ask_to(front: Front) {
         &[("Origin", &other_origin)],
     ];
     for headers in foreign {
+        if !front.tells_scheme() && headers == [("Origin", &*other_origin)] {
+            continue;
+        }
         if !front.trusts_proxies() && headers.contains(&("X-Forwarded-Proto", other)) {
             continue;
         }
@@ -590,10 +601,10 @@ fn a_setting_that_cannot_be_used_is_named(front: Front) {
             wait_for("the bus and the value in the log", || !front.has_log() || site.log().lines().any(is_told));
         }
         // Files need no setting. The page says what is wrong.
-        let page = site.get(&format!("{bus}/"));
+        let page = site.get(&format!("{bus}{}", front.page()));
         assert_eq!((page.status, page.text()), (200, shortbus::browser::find(b"/").unwrap().body));
         assert!(page.header("content-security-policy").is_some(), "{page:?}");
-        for (method, target) in [("PUT", format!("{bus}/")), ("GET", format!("{bus}/nothing"))] {
+        for (method, target) in [("PUT", format!("{bus}/page.js")), ("GET", format!("{bus}/nothing"))] {
             assert_outcome(&site.request(method, &target, &[], b""), 500, "bad_setting");
         }
     }
@@ -770,12 +781,19 @@ fn lengths_get_the_documented_answer(site: &Site) -> u64 {
 fn unknown_lengths_get_the_documented_answer(site: &Site) -> u64 {
     // A body that stops short: server and bus between them publish nothing, and go on.
     let _ = site.send("POST", "chat?user=1", &[("Content-Length", "99")], b"12");
+    if !site.front.takes_chunks() {
+        site.expect_error("incomplete");
+    }
     site.foresee("Error reading request entity data");
     site.foresee("unexpected EOF");
     site.foresee("prefetch request body failed");
     site.foresee("(reading input brigade)");
     site.foresee("can't get data from http client");
     let chunked = [("Transfer-Encoding", "chunked")];
+    if !site.front.takes_chunks() {
+        assert_outcome(&site.raw("POST", "chat?user=1", &chunked, b"4\r\n[42]\r\n0\r\n\r\n"), 400, "not_json");
+        return 0;
+    }
     assert_outcome(&site.raw("POST", "chat?user=1", &chunked, b"1\r\n[\r\n3\r\n42]\r\n0\r\n\r\n"), 200, "");
     let number = site.raw("POST", "chat?user=1", &chunked, b"1\r\n4\r\n1\r\n2\r\n0\r\n\r\n");
     // Servers that gather the body tell its length.
@@ -889,8 +907,9 @@ fn a_query_too_long_for_a_web_server_harms_nobody(front: Front) {
                 site.foresee("oversized request-header");
             }
             Front::CaddyFastcgi => assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 431),
+            Front::BusyboxCgi => assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 400),
             // It ends the connection.
-            Front::NginxHttp2 => assert_eq!(site.send("GET", &target, &[], b""), None),
+            Front::NginxHttp2 | Front::UwsgiCgi => assert_eq!(site.send("GET", &target, &[], b""), None),
             _ => assert_eq!(site.send("GET", &target, &[], b"").unwrap().status, 414),
         }
     }
@@ -907,9 +926,9 @@ fn methods_and_paths_get_the_documented_answer(front: Front) {
             assert_eq!(reply.status, if front.is_nginx() { 400 } else { 501 });
             continue;
         }
-        // Caddy makes a POST of it.
-        if method == "get" && front == Front::CaddyFastcgi {
-            assert!(reply.json()["id"].is_u64());
+        // Caddy makes a POST of it, BusyBox a GET.
+        if method == "get" && [Front::CaddyFastcgi, Front::BusyboxCgi].contains(&front) {
+            assert!(reply.json()["id"].is_u64() == (front == Front::CaddyFastcgi) && reply.status == 200, "{reply:?}");
             continue;
         }
         assert_outcome(&reply, 405, "bad_method");
@@ -940,7 +959,7 @@ fn the_client_and_the_page_come_with_the_bus(front: Front) {
         &[("chat", &[("SHORTBUS_MEMCACHED", "/nowhere"), ("SHORTBUS_ALLOW_ORIGIN", "https://a.example")])],
     );
     let files = [
-        ("/", "text/html; charset=utf-8", "<!doctype html>"),
+        (front.page(), "text/html; charset=utf-8", "<!doctype html>"),
         ("/page.css", "text/css; charset=utf-8", "{"),
         ("/page.js", "text/javascript; charset=utf-8", "import "),
         ("/shortbus.js", "text/javascript; charset=utf-8", "globalThis.MessageBus = MessageBus"),
@@ -961,6 +980,10 @@ fn the_client_and_the_page_come_with_the_bus(front: Front) {
         assert!(tags.insert(tag.clone()), "{path}: a tag of its own");
         for known in [&tag[..], &format!("W/{tag}"), &format!("\"other\", {tag}")] {
             let again = site.request("GET", &target, &[("If-None-Match", known)], b"");
+            if !front.hands_on_tags() {
+                assert_eq!((again.status, &again.body), (200, &reply.body));
+                continue;
+            }
             assert_eq!((again.status, again.text(), again.header("etag")), (304, "", Some(&tag[..])), "{path} {known}");
         }
         let other = site.request("GET", &target, &[("If-None-Match", "\"other\"")], b"");
@@ -970,15 +993,20 @@ fn the_client_and_the_page_come_with_the_bus(front: Front) {
         let cors = site.request("GET", &target, &[("Origin", "https://a.example")], b"");
         assert_eq!(cors.header("access-control-allow-origin"), Some("https://a.example"));
         // To the slash one can publish.
+        if path == "/index.html" {
+            continue;
+        }
         let (method, allowed) = if path == "/" { ("PUT", "GET, HEAD, POST, OPTIONS") } else { ("POST", "GET, HEAD") };
         let post = site.request(method, &format!("{target}?user=1"), &[], b"1");
         assert_outcome(&post, 405, "bad_method");
         assert_eq!(post.header("allow"), Some(allowed));
         assert!(post.json()["message"] == format!("Use one of {allowed}."), "{post:?}");
     }
+    let page = site.get(&format!("chat{}", front.page())).body;
+    assert_eq!(site.get("chat/index.html").body, page);
     for path in ["/page", "/shortbus", "/shortbus.js/", "//", "/SHORTBUS.JS"] {
         // Apache makes one slash of two.
-        if path == "//" && front != Front::Bare {
+        if path == "//" && front != Front::Bare || path.ends_with('/') && front == Front::BusyboxCgi {
             continue;
         }
         assert_outcome(&site.get(&format!("chat{path}")), 404, "unknown_path");
@@ -1226,13 +1254,45 @@ fn a_host_without_its_port_is_completed_by_server_port() {
     }
 }
 
+/// RFC 3875, section 4.2: a server need not end a program's input, and uWSGI does not.
+#[test]
+fn nothing_is_read_beyond_what_the_request_has() {
+    let site = Site::start(Front::Bare);
+    site.copy("chat");
+    let gzip = ("HTTP_CONTENT_ENCODING", "gzip");
+    for (method, variables, status) in [
+        ("POST", &[("CONTENT_LENGTH", "4")][..], "200"),
+        ("POST", &[("CONTENT_LENGTH", "4"), gzip], "415"),
+        ("POST", &[("CONTENT_LENGTH", "4"), gzip, ("SERVER_SOFTWARE", "uWSGI")], "415"),
+        ("POST", &[("CONTENT_LENGTH", "3")], "400"),
+        ("POST", &[("CONTENT_LENGTH", "x")], "400"),
+        ("POST", &[], "400"),
+        ("DELETE", &[], "405"),
+        ("DELETE", &[("CONTENT_LENGTH", "4")], "405"),
+        ("GET", &[], "200"),
+        ("OPTIONS", &[], "204"),
+    ] {
+        let mut command = Command::new(site.cgi_bin("chat"));
+        command.envs(variables.iter().copied()).env("REQUEST_METHOD", method).env("SERVER_PROTOCOL", "HTTP/1.1");
+        let (store, value) = site.store();
+        command.env("QUERY_STRING", if method == "POST" { "user=1" } else { "" }).env(store, value);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"[12]").unwrap();
+        wait_for("an answer while the input stays open", || child.try_wait().unwrap().is_some());
+        let said = std::io::read_to_string(child.stdout.unwrap()).unwrap();
+        assert!(said.starts_with(&format!("Status: {status} ")), "{method} {variables:?}: {said}");
+    }
+}
+
 /// Bytes that are no text, only where a file name can hold them.
 #[test]
 fn a_settings_value_need_not_be_text() {
     let site = Site::start(Front::Bare);
     site.copy("chat");
     for (name, status) in [("SHORTBUS_TTL", "500"), ("SHORTBUS_MEMCACHED", "500"), ("SHORTBUS_BUS", "503")] {
-        let output = std::process::Command::new(site.cgi_bin("chat"))
+        let output = Command::new(site.cgi_bin("chat"))
             .env("REQUEST_METHOD", "GET")
             .env("SHORTBUS_MEMCACHED", "/nowhere")
             .env(name, std::ffi::OsString::from_vec(b"\xff\xfe".to_vec()))
@@ -1254,7 +1314,7 @@ fn nothing_of_a_request_breaks_out_of_a_header_or_a_log_line() {
                      HTTP_REFERER HTTP_SEC_FETCH_SITE HTTP_CONTENT_ENCODING HTTP_LAST_EVENT_ID HTTP_X_FORWARDED_PROTO";
     for name in variables.split(' ') {
         for origins in ["*", "https://b.example"] {
-            let mut command = std::process::Command::new(site.cgi_bin("chat"));
+            let mut command = Command::new(site.cgi_bin("chat"));
             command.env("REQUEST_METHOD", "POST").env("QUERY_STRING", "user=x").env("SHORTBUS_MEMCACHED", "/nowhere");
             let output = command.env("SHORTBUS_ALLOW_ORIGIN", origins).env(name, hostile).output().unwrap();
             let (reply, log) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
@@ -1308,6 +1368,12 @@ fn a_setting_under_another_name_is_refused(front: Front) {
 fn a_slash_behind_the_name_is_the_bus_where_only_it_can_be_meant(front: Front) {
     let site = Site::start(front);
     site.copy("chat");
+    if front == Front::BusyboxCgi {
+        for target in ["chat/", "chat/?id=0"] {
+            assert_eq!(site.send("GET", target, &[], b"").unwrap().status, 404, "BusyBox's own answer");
+        }
+        return;
+    }
     let id = site.post("chat/?user=1", "\"hello\"").json()["id"].as_u64().unwrap();
     assert_eq!(polled(&site.get(&format!("chat/?user=2&id={}", id - 1))).len(), 1);
     assert_eq!(site.request("OPTIONS", "chat/", &[], b"").status, 204);

@@ -16,11 +16,12 @@ use crate::fixtures::site::{Settings, Site};
 const NGINX: &str = include_str!("../examples/nginx-fastcgi.conf");
 const APACHE: &str = include_str!("../apache-example.conf");
 const APACHE_FASTCGI: &str = include_str!("../examples/apache-fastcgi.conf");
-const CGI: [Front; 4] = [Front::ApacheCgid, Front::ApacheCgi, Front::LighttpdCgi, Front::NginxFcgiwrap];
+const CGI: [Front; 6] =
+    [Front::ApacheCgid, Front::ApacheCgi, Front::BusyboxCgi, Front::LighttpdCgi, Front::NginxFcgiwrap, Front::UwsgiCgi];
 const STREAMS: Settings = &[("chat", &[("SHORTBUS_WAIT", "20")])];
 
 /// An open event stream.
-pub struct Listener {
+struct Listener {
     stream: Box<dyn Stream>,
     heard: String,
 }
@@ -33,7 +34,7 @@ impl Listener {
     }
 
     /// On a connection on which a stream was asked for.
-    pub fn on(stream: Box<dyn Stream>) -> Listener {
+    fn on(stream: Box<dyn Stream>) -> Listener {
         let mut listener = Listener { stream, heard: String::new() };
         listener.until("event: cursor");
         listener
@@ -41,7 +42,7 @@ impl Listener {
 
     /// Reads until this has come.
     #[track_caller]
-    pub fn until(&mut self, text: &str) {
+    fn until(&mut self, text: &str) {
         while !self.heard.contains(text) {
             let mut buffer = [0; 4096];
             let length = self.stream.read(&mut buffer).unwrap_or_else(|error| panic!("{error} after {}", self.heard));

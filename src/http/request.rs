@@ -53,14 +53,17 @@ impl<'a> Request<'a> {
     /// Its poll may wait for `wait` seconds, by the settings.
     pub fn read(variables: &'a Variables<'a>, gateway: Gateway, wait: u32) -> Request<'a> {
         let [method, path, query] = ["REQUEST_METHOD", "PATH_INFO", "QUERY_STRING"].map(|name| variables.text(name));
+        let software = variables.text("SERVER_SOFTWARE");
         let names_bus = || form_urlencoded::parse(query).any(|(name, _)| ["user", "id", "stream"].contains(&&name[..]));
         let path = match (path, method) {
             // Servers and people add slashes. The page is what a browser opens; nobody publishes to it.
-            (b"/", b"POST" | b"OPTIONS") => b"",
+            (b"/", b"POST" | b"OPTIONS") => &b""[..],
             (b"/", b"GET" | b"HEAD") if names_bus() => b"",
-            (path, _) => path,
+            (b"", b"GET" | b"HEAD") if software.starts_with(b"uWSGI") && has_slash(variables) && !names_bus() => b"/",
+            // BusyBox hands on no path that ends with a slash.
+            (b"/index.html", b"GET" | b"HEAD") => b"/",
+            _ => path,
         };
-        let software = variables.text("SERVER_SOFTWARE");
         // Apache's HTTP/2 serves few requests of a connection at a time, and hears only of writes that a client has
         // left: a handful of streams, or those that were left, stop all else on the connection for many seconds.
         let stalls = software.starts_with(b"Apache") && variables.text("SERVER_PROTOCOL").starts_with(b"HTTP/2");
@@ -177,6 +180,12 @@ impl<'a> Request<'a> {
     }
 }
 
+/// Whether the URL is the bus's with a slash behind it: uWSGI gives no PATH_INFO that is this slash alone.
+fn has_slash(variables: &Variables) -> bool {
+    let path = variables.text("REQUEST_URI").split(|&byte| byte == b'?').next();
+    path.and_then(|path| path.strip_prefix(variables.text("SCRIPT_NAME"))) == Some(b"/")
+}
+
 /// Most bytes of a request's body.
 pub fn body_limit(variables: &Variables, config: &Config) -> usize {
     let mut parameters = form_urlencoded::parse(variables.text("QUERY_STRING"));
@@ -187,25 +196,27 @@ pub fn body_limit(variables: &Variables, config: &Config) -> usize {
 /// Reads a request's body from `input`, keeping at most `limit` bytes; none for a GET without one.
 ///
 /// Reads to the end also what it does not keep: a reply before that is lost with mod_cgid and is a 502 with
-/// fcgiwrap. The server bounds how much and how long. Never reads beyond CONTENT_LENGTH (RFC 3875 section 4.2);
-/// without one, as with chunked requests, the body ends where the input does.
+/// fcgiwrap. The server bounds how much and how long. Never reads beyond CONTENT_LENGTH (RFC 3875 section 4.2): uWSGI's
+/// input does not end there. Without one the body ends where the input does, if there is one.
 ///
 /// # Errors
 /// [`Error::ContentEncoding`], [`Error::BadLength`], [`Error::TooLarge`], [`Error::Incomplete`].
 pub fn read_body(variables: &Variables, mut input: impl Read, limit: usize) -> Result<Vec<u8>, Error> {
     let bodiless = matches!(variables.text("REQUEST_METHOD"), b"GET" | b"HEAD" | b"OPTIONS");
-    let encoding = variables.text("HTTP_CONTENT_ENCODING");
-    if !bodiless && !encoding.is_empty() && !encoding.eq_ignore_ascii_case(b"identity") {
-        // CONTENT_LENGTH says nothing: a filter of the server may have unpacked the body, and left the header.
-        let _ = std::io::copy(&mut input, &mut std::io::sink());
-        return Err(Error::ContentEncoding(String::from_utf8_lossy(encoding).into_owned()));
-    }
     let length = match variables.text("CONTENT_LENGTH") {
-        b"" if bodiless => Some(0),
+        b"" if bodiless || has_no_body(variables) => Some(0),
         // Caddy's word for a length that it does not know.
         b"" | b"-1" => None,
         text => Some(whole_number(text).ok_or(Error::BadLength)?),
     };
+    let encoding = variables.text("HTTP_CONTENT_ENCODING");
+    if !bodiless && !encoding.is_empty() && !encoding.eq_ignore_ascii_case(b"identity") {
+        // A filter of Apache's may have unpacked the body, and left the headers.
+        let unpacks = variables.text("SERVER_SOFTWARE").starts_with(b"Apache");
+        let rest = length.filter(|_| !unpacks).unwrap_or(u64::MAX);
+        let _ = std::io::copy(&mut input.take(rest), &mut std::io::sink());
+        return Err(Error::ContentEncoding(String::from_utf8_lossy(encoding).into_owned()));
+    }
     let mut body = Vec::new();
     let kept = length.unwrap_or(u64::MAX).min(limit as u64 + 1);
     let result = input.by_ref().take(kept).read_to_end(&mut body);
@@ -218,4 +229,10 @@ pub fn read_body(variables: &Variables, mut input: impl Read, limit: usize) -> R
         return Err(Error::Incomplete { read: body.len() });
     }
     Ok(body)
+}
+
+/// Whether a request without CONTENT_LENGTH has no body: by RFC 9112, section 6.3, where nothing says that it comes in
+/// parts. HTTP/2 needs no such word.
+fn has_no_body(variables: &Variables) -> bool {
+    variables.text("SERVER_PROTOCOL").starts_with(b"HTTP/1.") && variables.get("HTTP_TRANSFER_ENCODING").is_none()
 }
