@@ -48,6 +48,18 @@ const items = (page, selector) => page.$$eval(selector, (elements) => elements.m
 
 const answers = (page) => items(page, "#answers button");
 
+test("each page says that its bus is missing", async () => {
+  const page = await chromium.newPage();
+  for (const name of ["quiz", "whiteboard", "lobby", "game", "dashboard"]) {
+    const copy = file(`examples/${name}.html`);
+    const [, path] = copy.match(/src="(.*)\/shortbus.js"/);
+    await page.goto(site.serve(`${name}-alone.html`, copy.replaceAll(path, "/cgi-bin/nowhere")));
+    const said = await page.evaluate(() => document.body.innerText);
+    assert(said.includes("There is no bus at /cgi-bin/nowhere"), `${name}: ${said}`);
+  }
+  await page.close();
+});
+
 test("quiz: all see the question and the results, who comes late and who comes back too", async (t) => {
   const visit = visitor(t, example("quiz", "quiz"));
   const host = await visit("#host");
