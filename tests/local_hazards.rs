@@ -141,14 +141,14 @@ fn serve_and_kill(bus: &LocalBus, kills: usize, ledger: &Ledger) {
         let worker = bus.worker("chat.s");
         thread::scope(|scope| {
             for client in 0..4 {
-                let socket = worker.socket.clone();
+                // Here, before the kill.
+                let mut connection = Client::connect(&worker.socket);
                 // Two of singles, one of batches and one with `once`.
                 let publisher = 100 + client * 4;
                 scope.spawn(move || {
-                    let mut client = Client::connect(&socket);
                     for n in (round * 100_000).. {
                         let (texts, query, body) = request(publisher, n, ledger);
-                        let reply = client.try_ask("POST", &query, body.as_bytes());
+                        let reply = connection.try_ask("POST", &query, body.as_bytes());
                         let published = reply.as_ref().is_some_and(|reply| ledger.take_note(&texts, reply));
                         if !published && query.contains("once") {
                             ledger.unanswered.lock().unwrap().push((query, body));

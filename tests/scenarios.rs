@@ -1279,7 +1279,7 @@ fn nothing_is_read_beyond_what_the_request_has() {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
-        stdin.write_all(b"[12]").unwrap();
+        let _ended_already = stdin.write_all(b"[12]");
         wait_for("an answer while the input stays open", || child.try_wait().unwrap().is_some());
         let said = std::io::read_to_string(child.stdout.unwrap()).unwrap();
         assert!(said.starts_with(&format!("Status: {status} ")), "{method} {variables:?}: {said}");

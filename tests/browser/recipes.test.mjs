@@ -99,7 +99,7 @@ async function askedQuiz(t) {
   const visit = visitor(t, example("quiz", "quiz"));
   const [host, ann] = [await visit("#host"), await visit()];
   await host.click("#host button");
-  await until("the question", async () => (await answers(ann)).length === 3);
+  for (const page of [host, ann]) await until("the question", async () => (await answers(page)).length === 3);
   return { visit, host, ann };
 }
 
